@@ -1,0 +1,3 @@
+//! Conversations, text and pixels to model inputs.
+pub mod anyres;
+pub mod inputs;

@@ -1,0 +1,54 @@
+//! What the model takes: padded token rows and the pixels that their placeholders stand for.
+//!
+//! The shape of Transformers' `BatchFeature` without its tensor library: rows of ids with a mask, and
+//! the media of all rows in row-major order of their placeholders.
+
+use super::anyres::AnyResLayout;
+use crate::media::ImageSize;
+
+/// A stack of square pictures, f32, channels first: `[count, 3, size.height, size.width]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pixels {
+    /// How many pictures.
+    pub count: usize,
+    /// Height and width of each.
+    pub size: ImageSize,
+    /// `count * 3 * height * width` values, rescaled and normalised.
+    pub data: Vec<f32>,
+}
+
+impl Pixels {
+    /// Values in one picture.
+    pub fn stride(&self) -> usize {
+        3 * self.size.area()
+    }
+}
+
+/// One image: its tiles (base tile first) and the layout that says how their features are packed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ImageInput {
+    /// `layout.tiles` pictures: the base tile, then the grid row by row.
+    pub tiles: Pixels,
+    /// Grid, unpadded window and token count, computed once.
+    pub layout: AnyResLayout,
+}
+
+/// One video: its frames.
+#[derive(Debug, Clone, PartialEq)]
+pub struct VideoInput {
+    /// `num_frames` pictures.
+    pub frames: Pixels,
+}
+
+/// A batch for the model. Media are in the order of their placeholders, row by row.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct ModelInputs {
+    /// `[B][S]`, padded to one length; placeholders already expanded, one id a feature row.
+    pub input_ids: Vec<Vec<u32>>,
+    /// `[B][S]`, true where a token is to be attended to.
+    pub attention_mask: Vec<Vec<bool>>,
+    /// Images of all rows.
+    pub images: Vec<ImageInput>,
+    /// Videos of all rows.
+    pub videos: Vec<VideoInput>,
+}

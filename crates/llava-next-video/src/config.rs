@@ -1,1 +1,5 @@
-//! Placeholder.
+//! `config.json` and its neighbours, as they are on disk.
+
+mod files;
+
+pub use files::{CheckpointFiles, MAX_JSON_BYTES};

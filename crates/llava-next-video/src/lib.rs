@@ -19,4 +19,6 @@ pub mod config;
 pub mod media;
 pub mod processor;
 
+pub mod model;
+
 pub use error::{Error, Result};

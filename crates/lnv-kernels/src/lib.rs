@@ -1,15 +1,37 @@
-//! The arithmetic of LLaVA-NeXT-Video: about twenty fused operations over buffers that the caller owns.
+//! The arithmetic of LLaVA-NeXT-Video: about twenty fused, shape-specific operations ([`Ops`]) over
+//! buffers that the caller owns.
 //!
-//! There is no tensor library here. An activation is a row-major `[rows, cols]` matrix of f32 in a
-//! [`Buffer`]; a weight is a [`Weight`], packed once into the layout that its kernels stream. [`Ops`]
-//! is the one seam where the device and the instruction set are chosen: afterwards a caller says *what*
-//! to compute. Every operation has a scalar twin (`Isa::Scalar`, module `reference`) that is the oracle
-//! of the tests, and the same tests run every implementation that the machine has.
+//! Decision: the project exists to run one model family fast, so this is no tensor library. An
+//! operation takes row-major matrices of f32 ([`Buffer`]), packed weights ([`Weight`]) or the paged
+//! key/value cache ([`KvCache`]), checks the shapes (a mismatch is a bug of the caller: it panics and
+//! says so), and runs the kernel of the instruction set chosen when the [`Ops`] was made ([`Isa`]).
+//! Every operation has a slow, obvious twin in `reference.rs`: the scalar instruction set *is* those
+//! functions, and the tests hold every other one against them.
 //!
-//! Guarantees:
-//! - With f32 weights a row of a result is bit-identical whatever the number of rows in the call: every
-//!   reduction runs in one fixed order (an ascending chain over k; attention in key blocks of
-//!   [`KV_BLOCK`] counted from the start of the sequence).
-//! - No operation allocates in proportion to its input: scratch is kept per thread and reused.
+//! Guarantee: for one instruction set and number format, a row of a result has the same bits
+//! whatever the other rows of the call, the chunking of a prompt or the batch. Matrix products reduce
+//! in one ascending chain over k; attention goes through blocks of [`KV_BLOCK`] keys counted from the
+//! start of the sequence.
 //!
-//! This crate knows no image, no tokenizer and no model name.
+//! Refused here: knowing an image, a tokenizer or a model's name; strides, broadcasting, autograd.
+//!
+//! `unsafe` exists only in this crate: in `cpu` (SIMD) and in the few places that hand disjoint parts
+//! of one buffer to several threads.
+
+#![deny(unsafe_op_in_unsafe_fn)]
+
+mod buffer;
+mod error;
+mod isa;
+mod kv_cache;
+mod ops;
+pub mod probe;
+mod reference;
+mod weight;
+
+pub use buffer::{Buffer, Vector};
+pub use error::KernelError;
+pub use isa::{Device, Isa};
+pub use kv_cache::{Heads, KV_BLOCK, KvCache, Slot};
+pub use ops::{Activation, AttentionShape, Epilogue, Ops, PatchGeometry, PoolMode, Span};
+pub use weight::{Weight, WeightData, WeightDtype, WeightPart};

@@ -1,0 +1,153 @@
+//! Matrices of activations.
+//!
+//! Decision: activations are f32, row-major and contiguous: no strides, no views, no other type. A
+//! kernel that wants bf16 activations converts a block of them into its own scratch, which costs
+//! nothing beside the product that follows. The storage is an enum so that a device's memory can be
+//! another variant behind the same [`crate::Ops`].
+
+use std::fmt;
+
+/// Zeroed values that start on a 64-byte boundary (one cache line, one AVX-512 register).
+///
+/// The vector is over-allocated and the start found inside it: allocation stays safe code, and large
+/// zeroed ones come from the system lazily (`calloc`), page by page as they are touched.
+pub(crate) struct Aligned<T> {
+    raw: Vec<T>,
+    start: usize,
+    len: usize,
+}
+
+impl<T: Copy + bytemuck::Zeroable> Aligned<T> {
+    pub(crate) fn zeroed(len: usize) -> Self {
+        let raw = vec![T::zeroed(); len + 64 / size_of::<T>()];
+        let start = raw.as_ptr().align_offset(64);
+        Aligned { raw, start, len }
+    }
+}
+
+impl<T> Aligned<T> {
+    pub(crate) fn as_slice(&self) -> &[T] {
+        &self.raw[self.start..self.start + self.len]
+    }
+
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [T] {
+        &mut self.raw[self.start..self.start + self.len]
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.len * size_of::<T>()
+    }
+}
+
+enum Storage {
+    Host(Aligned<f32>),
+}
+
+/// A matrix of f32, `[rows, cols]`, row-major, made by [`crate::Ops::buffer`].
+pub struct Buffer {
+    rows: usize,
+    cols: usize,
+    storage: Storage,
+}
+
+impl Buffer {
+    pub(crate) fn zeroed(rows: usize, cols: usize) -> Buffer {
+        Buffer {
+            rows,
+            cols,
+            storage: Storage::Host(Aligned::zeroed(rows * cols)),
+        }
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Makes the matrix `[rows, ..]` with fewer or again more rows, inside what it was made with: a
+    /// buffer planned for the largest step serves every smaller one. Values stay.
+    ///
+    /// # Panics
+    /// More rows than the buffer was made with.
+    pub fn set_rows(&mut self, rows: usize) {
+        let Storage::Host(data) = &self.storage;
+        let room = data.as_slice().len();
+        assert!(
+            rows * self.cols <= room,
+            "set_rows: {rows} rows of {} do not fit into {room} values. This is a bug.",
+            self.cols
+        );
+        self.rows = rows;
+    }
+
+    pub(crate) fn host(&self) -> &[f32] {
+        let Storage::Host(data) = &self.storage;
+        &data.as_slice()[..self.rows * self.cols]
+    }
+
+    pub(crate) fn host_mut(&mut self) -> &mut [f32] {
+        let Storage::Host(data) = &mut self.storage;
+        &mut data.as_mut_slice()[..self.rows * self.cols]
+    }
+}
+
+impl fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Buffer[{}, {}]", self.rows, self.cols)
+    }
+}
+
+/// A vector of f32 parameters, `[n]`: a norm's weight, a bias, a class embedding.
+#[derive(Debug, Clone)]
+pub struct Vector {
+    values: Vec<f32>,
+}
+
+impl Vector {
+    /// Takes the values.
+    pub fn new(values: Vec<f32>) -> Vector {
+        Vector { values }
+    }
+
+    /// Number of values.
+    pub fn len(&self) -> usize {
+        self.values.len()
+    }
+
+    /// Whether there are no values.
+    pub fn is_empty(&self) -> bool {
+        self.values.is_empty()
+    }
+
+    /// The values.
+    pub fn as_slice(&self) -> &[f32] {
+        &self.values
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_is_aligned_and_zeroed_and_shrinks() {
+        let mut buffer = Buffer::zeroed(5, 7);
+        assert_eq!(buffer.host().as_ptr().align_offset(64), 0);
+        assert!(buffer.host().iter().all(|v| *v == 0.0));
+        buffer.set_rows(2);
+        assert_eq!((buffer.rows(), buffer.host().len()), (2, 14));
+        buffer.set_rows(5);
+        assert_eq!(buffer.host_mut().len(), 35);
+    }
+
+    #[test]
+    #[should_panic(expected = "This is a bug")]
+    fn a_buffer_does_not_grow() {
+        Buffer::zeroed(2, 3).set_rows(3);
+    }
+}

@@ -1,0 +1,37 @@
+//! What can go wrong that is not a bug of the caller: the machine lacks something, or the data that
+//! came from a file has the wrong size. Each sentence says what to do.
+
+/// An error that a user can act on.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum KernelError {
+    /// `LNV_ISA` names no instruction set.
+    #[error("LNV_ISA is \"{0}\"; it takes scalar, avx2, avx512 or avx512bf16")]
+    UnknownIsa(String),
+    /// `LNV_ISA` names an instruction set that this processor lacks.
+    #[error("LNV_ISA asks for {wanted}, which this processor lacks; it has {available}")]
+    MissingIsa {
+        /// What was asked for.
+        wanted: String,
+        /// What the processor has, comma-separated.
+        available: String,
+    },
+    /// A device name that is neither `cpu` nor `cuda[:N]`.
+    #[error("\"{0}\" is no device; it takes cpu, cuda or cuda:N")]
+    UnknownDevice(String),
+    /// CUDA was asked for, and the program was built without it.
+    #[error("this program was built without CUDA, so it cannot use {0}; use --device cpu")]
+    NoCuda(String),
+    /// A weight's bytes do not make up its shape.
+    #[error("a weight of {rows} rows of {k} values takes {expected} bytes, but there are {found}")]
+    WeightSize {
+        /// Rows of the part (its `n`).
+        rows: usize,
+        /// Values in a row.
+        k: usize,
+        /// Bytes that the shape takes.
+        expected: usize,
+        /// Bytes that were given.
+        found: usize,
+    },
+}

@@ -1,0 +1,21 @@
+//! Model inputs to hidden states and logits: vision tower, pooler, projector, pack, merge, decoder.
+//!
+//! Model code reads like the checkpoint: struct fields carry tensor names, `load` checks every shape,
+//! `forward` is a straight line of operations from `lnv-kernels`. The device is chosen once, when
+//! loading; no code here asks for it again. Knows no request, no text and no file other than weights.
+
+pub mod batch;
+pub mod forward;
+pub mod language_model;
+pub mod layers;
+pub mod llava_next_video;
+pub mod merge;
+pub mod pack;
+pub mod projector;
+pub mod vision_tower;
+pub mod weights;
+
+pub use batch::{Batch, BatchSpan, DecoderOutput, Keep, Taps};
+pub use forward::{ForwardOptions, ForwardOutput, IGNORE_INDEX, LogitsToKeep, Values};
+pub use llava_next_video::{EmbeddedRow, InputsEmbeds, LlavaNextVideoModel, LoadOptions};
+pub use weights::Checkpoint;

@@ -1,0 +1,350 @@
+//! The decoder: Llama, Mistral and Qwen2 behind one configuration.
+//!
+//! Every layer is `x += O(attention(rms(x)))`, `x += down(act(gate(rms(x))) * up(rms(x)))`. The residual
+//! stream stays in f32 whatever the weights' type, which is never less exact than the reference's bf16.
+//! The last layer writes all keys and values but goes on with the rows that somebody reads.
+
+use lnv_kernels::{AttentionShape, Buffer, Epilogue, Heads, KvCache, Ops, Span, Weight};
+
+use super::batch::{Batch, DecoderOutput, Keep, Taps};
+use super::layers::{Linear, Loader, RmsNorm};
+use crate::config::{RopeScaling, TextConfig};
+use crate::error::Result;
+
+/// Called after each layer with the number done; an error stops the pass.
+pub type OnLayer<'a> = &'a mut dyn FnMut(usize) -> Result<()>;
+
+/// `language_model` and `lm_head`.
+pub struct LanguageModel {
+    config: TextConfig,
+    embed_tokens: Weight,
+    layers: Vec<DecoderLayer>,
+    norm: RmsNorm,
+    /// `None` where the embedding table is the head.
+    lm_head: Option<Weight>,
+}
+
+struct DecoderLayer {
+    input_layernorm: RmsNorm,
+    qkv_proj: Linear,
+    o_proj: Linear,
+    post_attention_layernorm: RmsNorm,
+    gate_up_proj: Linear,
+    down_proj: Linear,
+    window: Option<usize>,
+}
+
+/// Activations of one pass, reused by every layer.
+struct Scratch {
+    normed: Buffer,
+    qkv: Buffer,
+    attended: Buffer,
+    gate_up: Buffer,
+    inner: Buffer,
+}
+
+impl Scratch {
+    fn new(ops: &Ops, config: &TextConfig, rows: usize) -> Self {
+        Self {
+            normed: ops.buffer(rows, config.hidden_size),
+            qkv: ops.buffer(rows, config.qkv_rows()),
+            attended: ops.buffer(rows, config.num_attention_heads * config.head_dim),
+            gate_up: ops.buffer(rows, 2 * config.intermediate_size),
+            inner: ops.buffer(rows, config.intermediate_size),
+        }
+    }
+}
+
+/// What one layer needs to know of the pass.
+struct Pass<'a> {
+    ops: &'a Ops,
+    batch: &'a Batch<'a>,
+    slots: &'a [lnv_kernels::Slot],
+    cos_sin: &'a Buffer,
+    eager: bool,
+}
+
+impl LanguageModel {
+    /// Loads `language_model.*` and `lm_head`.
+    ///
+    /// # Errors
+    /// A tensor is missing or has another shape.
+    pub fn load(loader: &Loader<'_>, config: &TextConfig) -> Result<Self> {
+        let (v, d) = (config.vocab_size, config.hidden_size);
+        let table = [("language_model.embed_tokens.weight".to_owned(), v)];
+        // A tied checkpoint may still carry the head; the reference ignores it then.
+        let lm_head = match config.tie_word_embeddings {
+            true => None,
+            false => Some(loader.matrix(&[("lm_head.weight".to_owned(), v)], d)?),
+        };
+        Ok(Self {
+            embed_tokens: loader.matrix(&table, d)?,
+            layers: (0..config.num_hidden_layers)
+                .map(|i| DecoderLayer::load(loader, config, i))
+                .collect::<Result<_>>()?,
+            norm: RmsNorm::load(loader, "language_model.norm", d, config.rms_norm_eps)?,
+            lm_head,
+            config: config.clone(),
+        })
+    }
+
+    /// The configuration it was loaded with.
+    pub fn config(&self) -> &TextConfig {
+        &self.config
+    }
+
+    /// Bytes kept in memory: `(all, those that a decode step reads)`.
+    pub fn bytes(&self) -> (usize, usize) {
+        let layers: usize = self.layers.iter().map(DecoderLayer::bytes).sum();
+        let head = self.lm_head.as_ref().map_or(0, Weight::bytes);
+        let read = layers
+            + if head > 0 {
+                head
+            } else {
+                self.embed_tokens.bytes()
+            };
+        (layers + head + self.embed_tokens.bytes(), read)
+    }
+
+    /// A cache of `blocks` blocks for this decoder.
+    pub fn new_cache(&self, blocks: usize) -> KvCache {
+        KvCache::new(self.layers.len(), self.heads(), blocks)
+    }
+
+    /// Rows of the embedding table, `[ids, D]`.
+    ///
+    /// # Panics
+    /// An id is not below `vocab_size`; callers check ids where they come in.
+    pub fn embed(&self, ops: &Ops, ids: &[u32]) -> Buffer {
+        let mut out = ops.buffer(ids.len(), self.config.hidden_size);
+        ops.gather(&self.embed_tokens, ids, &mut out);
+        out
+    }
+
+    /// Scores of the vocabulary for final states: `[rows, D]` to `[rows, vocab]`.
+    pub fn logits(&self, ops: &Ops, last_hidden_state: &Buffer) -> Buffer {
+        let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
+        let mut out = ops.buffer(last_hidden_state.rows(), head.n());
+        ops.linear(
+            last_hidden_state,
+            head,
+            None,
+            Epilogue::Store(None),
+            &mut out,
+        );
+        out
+    }
+
+    /// Runs the new tokens of `batch`, whose merged embeddings are the rows of `x`.
+    ///
+    /// # Errors
+    /// `on_layer` asks to stop; the cache then holds keys that nobody may use.
+    pub fn forward(
+        &self,
+        ops: &Ops,
+        mut x: Buffer,
+        batch: &Batch<'_>,
+        cache: &mut KvCache,
+        (keep, taps): (Keep, Taps),
+        on_layer: OnLayer<'_>,
+    ) -> Result<DecoderOutput> {
+        let slots = batch.slots();
+        let cos_sin = self.cos_sin(ops, batch);
+        let pass = Pass {
+            ops,
+            batch,
+            slots: &slots,
+            cos_sin: &cos_sin,
+            eager: taps.attentions,
+        };
+        let (mut hidden_states, mut attentions) = (Vec::new(), Vec::new());
+        let mut scratch = Scratch::new(ops, &self.config, x.rows());
+        let last = self.layers.len() - 1;
+        for (i, layer) in self.layers.iter().enumerate() {
+            if taps.hidden_states {
+                hidden_states.push(copy(ops, &x));
+            }
+            // Every row of the last layer is wanted where its states or weights are looked at.
+            let whole = i < last || taps.hidden_states || taps.attentions;
+            let keep_here = if whole { Keep::All } else { keep };
+            let weights;
+            (x, weights) = layer.forward(self, &pass, x, (cache, i), keep_here, &mut scratch);
+            attentions.extend(weights);
+            on_layer(i + 1)?;
+        }
+        let mut normed = ops.buffer(x.rows(), x.cols());
+        self.norm.forward(ops, &x, &mut normed);
+        if !(taps.hidden_states || taps.attentions) {
+            return Ok(DecoderOutput {
+                last_hidden_state: normed,
+                hidden_states,
+                attentions,
+            });
+        }
+        let (_, rows) = batch.kernel_spans(keep);
+        let mut kept = ops.buffer(rows.len(), normed.cols());
+        ops.copy_rows(&normed, &rows, &mut kept, &numbered(rows.len()));
+        if taps.hidden_states {
+            hidden_states.push(normed);
+        }
+        Ok(DecoderOutput {
+            last_hidden_state: kept,
+            hidden_states,
+            attentions,
+        })
+    }
+
+    fn heads(&self) -> Heads {
+        Heads {
+            heads: self.config.num_attention_heads,
+            kv_heads: self.config.num_key_value_heads,
+            head_dim: self.config.head_dim,
+        }
+    }
+
+    fn attention_shape(&self, window: Option<usize>) -> AttentionShape {
+        let scale = (self.config.head_dim as f32).powf(-0.5);
+        AttentionShape {
+            heads: self.heads(),
+            scale,
+            window,
+        }
+    }
+
+    /// Cosines and sines of every token: `[tokens, d]`, d/2 cosines then d/2 sines.
+    fn cos_sin(&self, ops: &Ops, batch: &Batch<'_>) -> Buffer {
+        let d = self.config.head_dim;
+        let mut table = Vec::with_capacity(batch.tokens() * d);
+        for span in &batch.spans {
+            let rope = self.config.rope.frequencies(d, span.rope_length);
+            for position in &span.positions {
+                let angles = rope.inv_freq.iter().map(|f| *position as f32 * f);
+                table.extend(angles.clone().map(|a| a.cos() * rope.attention_scaling));
+                table.extend(angles.map(|a| a.sin() * rope.attention_scaling));
+            }
+        }
+        ops.upload(batch.tokens(), d, &table)
+    }
+
+    /// Replaces the rotary scaling (`--rope-scaling`).
+    pub fn set_rope_scaling(&mut self, scaling: RopeScaling) {
+        self.config.rope.scaling = scaling;
+    }
+}
+
+impl DecoderLayer {
+    fn load(loader: &Loader<'_>, config: &TextConfig, i: usize) -> Result<Self> {
+        let (d, f) = (config.hidden_size, config.intermediate_size);
+        let q = config.num_attention_heads * config.head_dim;
+        let kv = config.num_key_value_heads * config.head_dim;
+        let name = |part: &str| format!("language_model.layers.{i}.{part}");
+        let norm = |part: &str| RmsNorm::load(loader, &name(part), d, config.rms_norm_eps);
+        let qkv = [
+            (name("self_attn.q_proj"), q),
+            (name("self_attn.k_proj"), kv),
+            (name("self_attn.v_proj"), kv),
+        ];
+        let gate_up = [(name("mlp.gate_proj"), f), (name("mlp.up_proj"), f)];
+        Ok(Self {
+            input_layernorm: norm("input_layernorm")?,
+            qkv_proj: Linear::load_fused(loader, &qkv, d, config.qkv_bias)?,
+            o_proj: Linear::load(loader, &name("self_attn.o_proj"), d, q, config.o_bias)?,
+            post_attention_layernorm: norm("post_attention_layernorm")?,
+            gate_up_proj: Linear::load_fused(loader, &gate_up, d, config.mlp_bias)?,
+            down_proj: Linear::load(loader, &name("mlp.down_proj"), d, f, config.mlp_bias)?,
+            window: config.windows[i],
+        })
+    }
+
+    fn bytes(&self) -> usize {
+        [
+            &self.qkv_proj,
+            &self.o_proj,
+            &self.gate_up_proj,
+            &self.down_proj,
+        ]
+        .iter()
+        .map(|linear| linear.bytes())
+        .sum()
+    }
+
+    /// One layer over the rows of `x`; returns the kept rows and, eagerly, the attention weights.
+    fn forward(
+        &self,
+        model: &LanguageModel,
+        pass: &Pass<'_>,
+        mut x: Buffer,
+        (cache, index): (&mut KvCache, usize),
+        keep: Keep,
+        s: &mut Scratch,
+    ) -> (Buffer, Option<Vec<Vec<f32>>>) {
+        let (ops, config) = (pass.ops, &model.config);
+        self.input_layernorm.forward(ops, &x, &mut s.normed);
+        self.qkv_proj
+            .forward(ops, &s.normed, Epilogue::Store(None), &mut s.qkv);
+        ops.rope_write_kv(
+            &mut s.qkv,
+            pass.cos_sin,
+            model.heads(),
+            cache,
+            index,
+            pass.slots,
+        );
+
+        let (spans, rows) = pass.batch.kernel_spans(keep);
+        let qkv = (&s.qkv, &*cache, index);
+        let weights = self.attend(model, pass, qkv, &spans, &mut s.attended);
+        if rows.len() < x.rows() {
+            x = pick(ops, &x, &rows);
+            let attended = pick(ops, &s.attended, &rows);
+            *s = Scratch {
+                attended,
+                ..Scratch::new(ops, config, rows.len())
+            };
+        }
+        self.o_proj.forward(ops, &s.attended, Epilogue::Add, &mut x);
+
+        self.post_attention_layernorm
+            .forward(ops, &x, &mut s.normed);
+        self.gate_up_proj
+            .forward(ops, &s.normed, Epilogue::Store(None), &mut s.gate_up);
+        ops.gated_activation(&s.gate_up, config.hidden_act, &mut s.inner);
+        self.down_proj.forward(ops, &s.inner, Epilogue::Add, &mut x);
+        (x, weights)
+    }
+
+    fn attend(
+        &self,
+        model: &LanguageModel,
+        pass: &Pass<'_>,
+        (qkv, cache, index): (&Buffer, &KvCache, usize),
+        spans: &[Span<'_>],
+        out: &mut Buffer,
+    ) -> Option<Vec<Vec<f32>>> {
+        let shape = model.attention_shape(self.window);
+        if pass.eager {
+            return Some(
+                pass.ops
+                    .paged_attention_eager(qkv, cache, index, spans, &shape, out),
+            );
+        }
+        pass.ops
+            .paged_attention(qkv, cache, index, spans, &shape, out);
+        None
+    }
+}
+
+fn numbered(n: usize) -> Vec<u32> {
+    (0..n as u32).collect()
+}
+
+/// The rows `rows` of `x`, in a buffer of their own.
+fn pick(ops: &Ops, x: &Buffer, rows: &[u32]) -> Buffer {
+    let mut out = ops.buffer(rows.len(), x.cols());
+    ops.copy_rows(x, rows, &mut out, &numbered(rows.len()));
+    out
+}
+
+fn copy(ops: &Ops, x: &Buffer) -> Buffer {
+    pick(ops, x, &numbered(x.rows()))
+}

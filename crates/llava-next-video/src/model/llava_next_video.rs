@@ -1,0 +1,441 @@
+//! `LlavaNextVideoModel` and `LlavaNextVideoForConditionalGeneration`: all towers together, weights and
+//! arithmetic only. What a request is, how long it may run and which token is picked is the engine's.
+
+use lnv_kernels::{Buffer, Device, KV_BLOCK, KvCache, Ops, Vector};
+
+use super::batch::{Batch, BatchSpan, DecoderOutput, Keep, Taps};
+use super::language_model::{LanguageModel, OnLayer};
+use super::layers::Loader;
+use super::merge::{Placeholders, check_counts, placeholder_positions};
+use super::pack::{PackedRow, packed_rows};
+use super::projector::{MultiModalProjector, Pooler};
+use super::vision_tower::VisionTower;
+use super::weights::Checkpoint;
+use crate::config::{
+    CheckpointFiles, Dtype, LlavaNextVideoConfig, RopeOverride, RopeScaling,
+    linear_factor_for_frames,
+};
+use crate::error::{Error, Result};
+use crate::processor::inputs::{ImageInput, ModelInputs, Pixels, VideoInput};
+
+/// How a checkpoint is to be loaded.
+#[derive(Clone, Copy)]
+pub struct LoadOptions<'a> {
+    /// The type that matrices are kept and multiplied in; `None` for the stored one (`auto`).
+    pub dtype: Option<Dtype>,
+    /// Where to compute.
+    pub device: Device,
+    /// Rotary scaling instead of the configuration's, and the frames that `auto` is to reckon with.
+    pub rope: Option<(RopeOverride, usize)>,
+    /// Called with `(bytes loaded, bytes in all)`.
+    pub progress: Option<&'a (dyn Fn(usize, usize) + Sync)>,
+}
+
+impl Default for LoadOptions<'_> {
+    fn default() -> Self {
+        Self {
+            dtype: None,
+            device: Device::Cpu,
+            rope: None,
+            progress: None,
+        }
+    }
+}
+
+/// The towers and the decoder (`LlavaNextVideoModel`).
+pub struct LlavaNextVideoModel {
+    config: LlavaNextVideoConfig,
+    dtype: Dtype,
+    ops: Ops,
+    vision_tower: VisionTower,
+    vision_resampler: Pooler,
+    multi_modal_projector: MultiModalProjector,
+    image_newline: Vector,
+    language_model: LanguageModel,
+}
+
+/// Token embeddings with the media merged in, rows of the batch one after another, padding left out.
+pub struct InputsEmbeds {
+    /// `[tokens, D]`.
+    pub embeds: Buffer,
+    /// The rows of the batch.
+    pub rows: Vec<EmbeddedRow>,
+    /// All packed image features, `[image tokens, D]` (`image_hidden_states`).
+    pub image_features: Option<Buffer>,
+    /// All video features, `[video tokens, D]` (`video_hidden_states`).
+    pub video_features: Option<Buffer>,
+}
+
+/// One row of a batch without its padding.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EmbeddedRow {
+    /// Its token ids.
+    pub ids: Vec<u32>,
+    /// The column that each token had in the padded row.
+    pub columns: Vec<u32>,
+    /// Its first row in [`InputsEmbeds::embeds`].
+    pub first: usize,
+}
+
+/// Called while media are encoded with `(pictures done, pictures in all)`.
+pub type OnPicture<'a> = &'a mut dyn FnMut(usize, usize) -> Result<()>;
+
+impl LlavaNextVideoModel {
+    /// Loads a checkpoint.
+    ///
+    /// # Errors
+    /// A file is missing or malformed, a setting is not supported, a tensor does not fit, or the
+    /// device is not there: each named.
+    pub fn load(files: &CheckpointFiles, options: &LoadOptions<'_>) -> Result<Self> {
+        let config = LlavaNextVideoConfig::read(files)?;
+        let checkpoint = Checkpoint::open(files)?;
+        Self::from_checkpoint(config, &checkpoint, options)
+    }
+
+    /// Loads from a checkpoint that is already open.
+    ///
+    /// # Errors
+    /// As [`LlavaNextVideoModel::load`].
+    pub fn from_checkpoint(
+        mut config: LlavaNextVideoConfig,
+        checkpoint: &Checkpoint,
+        options: &LoadOptions<'_>,
+    ) -> Result<Self> {
+        let ops = Ops::new(options.device).map_err(|e| Error::Device(e.to_string()))?;
+        apply_rope(&mut config, options.rope);
+        let dtype = options.dtype.unwrap_or_else(|| checkpoint.stored_dtype());
+        let total: usize = checkpoint.tensors().iter().map(|t| t.bytes).sum();
+        let loaded = std::sync::atomic::AtomicUsize::new(0);
+        let progress = |bytes: usize| {
+            let sum = loaded.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed) + bytes;
+            if let Some(report) = options.progress {
+                report(sum.min(total), total);
+            }
+        };
+        let loader = Loader {
+            ops: &ops,
+            checkpoint,
+            dtype,
+            progress: &progress,
+        };
+        let d = config.text_config.hidden_size;
+        Ok(Self {
+            dtype,
+            vision_tower: VisionTower::load(&loader, &config)?,
+            vision_resampler: Pooler::load(&loader, &config)?,
+            multi_modal_projector: MultiModalProjector::load(&loader, &config)?,
+            image_newline: loader.vector("image_newline", d)?,
+            language_model: LanguageModel::load(&loader, &config.text_config)?,
+            ops,
+            config,
+        })
+    }
+
+    /// The configuration, with the rotary scaling in force.
+    pub fn config(&self) -> &LlavaNextVideoConfig {
+        &self.config
+    }
+
+    /// The type that matrices are kept in.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// The device's operations.
+    pub fn ops(&self) -> &Ops {
+        &self.ops
+    }
+
+    /// The vision tower.
+    pub fn vision_tower(&self) -> &VisionTower {
+        &self.vision_tower
+    }
+
+    /// The decoder.
+    pub fn language_model(&self) -> &LanguageModel {
+        &self.language_model
+    }
+
+    /// Bytes of weights in memory.
+    pub fn bytes(&self) -> usize {
+        self.vision_tower.bytes()
+            + self.multi_modal_projector.bytes()
+            + self.language_model.bytes().0
+    }
+
+    /// The packed features of each image, `[tokens, D]` each, newlines in place.
+    ///
+    /// # Errors
+    /// A tile has the wrong size, or `on_picture` asks to stop.
+    pub fn get_image_features(
+        &self,
+        images: &[ImageInput],
+        on_picture: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Vec<Buffer>> {
+        self.check_layouts(images)?;
+        let tiles: Vec<&Pixels> = images.iter().map(|image| &image.tiles).collect();
+        let selected = self.vision_tower.forward(&self.ops, &tiles, on_picture)?;
+        let projected = self.multi_modal_projector.forward(&self.ops, &selected);
+        let mut first = 0;
+        let mut packed = Vec::with_capacity(images.len());
+        for image in images {
+            packed.push(self.pack(&projected, first, image));
+            first += image.layout.tiles * self.vision_tower.feature_tokens();
+        }
+        Ok(packed)
+    }
+
+    /// The features of each video, `[frames * tokens a frame, D]` each, frame by frame.
+    ///
+    /// # Errors
+    /// A frame has the wrong size, or `on_picture` asks to stop.
+    pub fn get_video_features(
+        &self,
+        videos: &[VideoInput],
+        on_picture: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Vec<Buffer>> {
+        let frames: Vec<&Pixels> = videos.iter().map(|video| &video.frames).collect();
+        let selected = self.vision_tower.forward(&self.ops, &frames, on_picture)?;
+        let pooled = self.vision_resampler.forward(&self.ops, &selected)?;
+        let projected = self.multi_modal_projector.forward(&self.ops, &pooled);
+        let mut first = 0;
+        let mut features = Vec::with_capacity(videos.len());
+        for video in videos {
+            let rows = video.frames.count * self.vision_resampler.tokens();
+            let mut own = self.ops.buffer(rows, projected.cols());
+            self.ops.copy_rows(
+                &projected,
+                &numbers(first, rows),
+                &mut own,
+                &numbers(0, rows),
+            );
+            features.push(own);
+            first += rows;
+        }
+        Ok(features)
+    }
+
+    /// Embeds the ids of a batch and merges its media: everything before the decoder.
+    ///
+    /// # Errors
+    /// An id is outside the vocabulary, media and placeholders do not match, or `on_picture` asks to
+    /// stop.
+    pub fn embed(&self, inputs: &ModelInputs, on_picture: OnPicture<'_>) -> Result<InputsEmbeds> {
+        let rows = unpad_rows(inputs)?;
+        let ids: Vec<u32> = rows
+            .iter()
+            .flat_map(|row| row.ids.iter().copied())
+            .collect();
+        self.check_ids(&ids)?;
+        let mut embeds = self.language_model.embed(&self.ops, &ids);
+
+        let images: usize = inputs.images.iter().map(|image| image.tiles.count).sum();
+        let videos: usize = inputs.videos.iter().map(|video| video.frames.count).sum();
+        let all = images + videos;
+        let image_lengths: Vec<usize> = inputs
+            .images
+            .iter()
+            .map(|image| image.layout.feature_tokens())
+            .collect();
+        let video_lengths: Vec<usize> = inputs
+            .videos
+            .iter()
+            .map(|video| video.frames.count * self.vision_resampler.tokens())
+            .collect();
+        let places = |id: u32, modality: &'static str, lengths: &[usize]| -> Result<Vec<u32>> {
+            if lengths.is_empty() {
+                // Without media the ids are ordinary tokens, as in the reference.
+                return Ok(Vec::new());
+            }
+            let positions = placeholder_positions(&ids, id);
+            let row_of =
+                |position: u32| rows.partition_point(|row| row.first <= position as usize) - 1;
+            let kind = Placeholders {
+                token_id: id,
+                modality,
+            };
+            check_counts(kind, &positions, lengths, &row_of)?;
+            Ok(positions)
+        };
+        let image_places = places(self.config.image_token_index, "Image", &image_lengths)?;
+        let video_places = places(self.config.video_token_index, "Video", &video_lengths)?;
+
+        let mut image_features = None;
+        if !inputs.images.is_empty() {
+            let features = self.get_image_features(&inputs.images, &mut |n| on_picture(n, all))?;
+            image_features = Some(self.merge(&features, &image_places, &mut embeds));
+        }
+        let mut video_features = None;
+        if !inputs.videos.is_empty() {
+            let features =
+                self.get_video_features(&inputs.videos, &mut |n| on_picture(images + n, all))?;
+            video_features = Some(self.merge(&features, &video_places, &mut embeds));
+        }
+        Ok(InputsEmbeds {
+            embeds,
+            rows,
+            image_features,
+            video_features,
+        })
+    }
+
+    /// Runs embedded tokens through the decoder.
+    ///
+    /// # Errors
+    /// `on_layer` asks to stop.
+    pub fn decode(
+        &self,
+        embeds: Buffer,
+        batch: &Batch<'_>,
+        cache: &mut KvCache,
+        read: (Keep, Taps),
+        on_layer: OnLayer<'_>,
+    ) -> Result<DecoderOutput> {
+        self.language_model
+            .forward(&self.ops, embeds, batch, cache, read, on_layer)
+    }
+
+    /// Joins the features of all media and writes them over their placeholders.
+    fn merge(&self, features: &[Buffer], places: &[u32], embeds: &mut Buffer) -> Buffer {
+        let rows: usize = features.iter().map(Buffer::rows).sum();
+        let mut joined = self.ops.buffer(rows, embeds.cols());
+        let mut first = 0;
+        for own in features {
+            let n = own.rows();
+            self.ops
+                .copy_rows(own, &numbers(0, n), &mut joined, &numbers(first, n));
+            first += n;
+        }
+        self.ops
+            .copy_rows(&joined, &numbers(0, rows), embeds, places);
+        joined
+    }
+
+    /// Packs one image out of the projected tiles, which start at row `first`.
+    fn pack(&self, projected: &Buffer, first: usize, image: &ImageInput) -> Buffer {
+        let order = packed_rows(&image.layout);
+        let (mut from, mut to, mut newlines) = (Vec::new(), Vec::new(), Vec::new());
+        for (i, row) in order.iter().enumerate() {
+            match row {
+                PackedRow::Feature(f) => {
+                    from.push(first as u32 + f);
+                    to.push(i as u32);
+                }
+                PackedRow::Newline => newlines.push(i as u32),
+            }
+        }
+        let mut out = self.ops.buffer(order.len(), projected.cols());
+        self.ops.copy_rows(projected, &from, &mut out, &to);
+        self.ops
+            .broadcast_row(&self.image_newline, &mut out, &newlines);
+        out
+    }
+
+    fn check_layouts(&self, images: &[ImageInput]) -> Result<()> {
+        let side = self.config.vision_config.patches_per_side();
+        for image in images {
+            let layout = &image.layout;
+            if layout.patches_per_side != side
+                || image.tiles.count < layout.tiles
+                || layout.tiles != 1 + layout.grid.rows * layout.grid.cols
+            {
+                return Err(Error::Input(format!(
+                    "an image of {} tiles of {} x {} patches does not fit the model, which takes \
+                     {} tiles of {side} x {side}: check the sizes in preprocessor_config.json",
+                    image.tiles.count,
+                    layout.patches_per_side,
+                    layout.patches_per_side,
+                    layout.tiles
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_ids(&self, ids: &[u32]) -> Result<()> {
+        let vocabulary = self.config.text_config.vocab_size;
+        match ids.iter().find(|id| **id as usize >= vocabulary) {
+            None => Ok(()),
+            Some(id) => Err(Error::Input(format!(
+                "token id {id} is outside the model's vocabulary of {vocabulary}: the tokenizer \
+                 and the weights are not of one model"
+            ))),
+        }
+    }
+}
+
+fn apply_rope(config: &mut LlavaNextVideoConfig, rope: Option<(RopeOverride, usize)>) {
+    let factor = match rope {
+        None => None,
+        Some((RopeOverride::Linear(factor), _)) => Some(factor),
+        Some((RopeOverride::Auto, frames)) => {
+            linear_factor_for_frames(frames, config.tokens_per_frame())
+        }
+    };
+    if let Some(factor) = factor {
+        config.text_config.rope.scaling = RopeScaling::Linear { factor };
+    }
+}
+
+fn numbers(first: usize, n: usize) -> Vec<u32> {
+    (first as u32..(first + n) as u32).collect()
+}
+
+/// Leaves out what the mask hides.
+fn unpad_rows(inputs: &ModelInputs) -> Result<Vec<EmbeddedRow>> {
+    let mut rows = Vec::with_capacity(inputs.input_ids.len());
+    let mut first = 0;
+    for (ids, mask) in inputs.input_ids.iter().zip(&inputs.attention_mask) {
+        let kept = || ids.iter().zip(mask).enumerate().filter(|(_, (_, m))| **m);
+        let row = EmbeddedRow {
+            ids: kept().map(|(_, (id, _))| *id).collect(),
+            columns: kept().map(|(i, _)| i as u32).collect(),
+            first,
+        };
+        if row.ids.is_empty() {
+            return Err(Error::Input(format!(
+                "row {} of the batch has no token: every prompt needs at least one",
+                rows.len() + 1
+            )));
+        }
+        first += row.ids.len();
+        rows.push(row);
+    }
+    if rows.is_empty() {
+        return Err(Error::Input(
+            "the batch is empty: give at least one prompt".into(),
+        ));
+    }
+    Ok(rows)
+}
+
+/// Spans for a pass over whole rows with a fresh cache, blocks handed out in order.
+///
+/// Positions are the columns of the padded rows, as in a forward pass without `position_ids`.
+pub(super) fn whole_rows<'a>(
+    rows: &[EmbeddedRow],
+    columns: usize,
+    blocks: &'a [Vec<u32>],
+) -> Batch<'a> {
+    let spans = rows.iter().zip(blocks).map(|(row, blocks)| BatchSpan {
+        positions: row.columns.clone(),
+        rope_length: columns,
+        kv_len: row.ids.len(),
+        blocks,
+    });
+    Batch {
+        spans: spans.collect(),
+    }
+}
+
+/// Blocks for rows of these lengths, and how many there are.
+pub(super) fn blocks_for(rows: &[EmbeddedRow]) -> (Vec<Vec<u32>>, usize) {
+    let mut next = 0;
+    let mut take = |tokens: usize| {
+        let n = tokens.div_ceil(KV_BLOCK) as u32;
+        next += n;
+        (next - n..next).collect()
+    };
+    let blocks = rows.iter().map(|row| take(row.ids.len())).collect();
+    (blocks, next as usize)
+}

@@ -1,0 +1,343 @@
+//! The vision tower: tiles of pixels to a hidden state for each patch (CLIP's or SigLIP's transformer).
+//!
+//! Only the layers that `vision_feature_layer` reaches are loaded and run: the default takes the last
+//! but one, so CLIP's 24th layer costs nothing. The final LayerNorm feeds a pooled output that this
+//! model never reads; it is not loaded. Pictures of another size than `image_size` are refused.
+
+use lnv_kernels::{Buffer, Epilogue, Heads, Ops, PatchGeometry, Vector, WeightPart};
+
+use super::layers::{LayerNorm, Linear, Loader};
+use crate::config::{LlavaNextVideoConfig, SelectStrategy, VisionConfig};
+use crate::error::{Error, Result};
+use crate::media::ImageSize;
+use crate::processor::inputs::Pixels;
+
+/// Pictures that go through the tower together: enough rows to keep the kernels busy, few enough that
+/// the activations of a long video do not grow with its length.
+const PICTURES_PER_PASS: usize = 8;
+
+/// The transformer, up to the last layer whose output is read.
+pub struct VisionTower {
+    config: VisionConfig,
+    taken: Vec<usize>,
+    strategy: SelectStrategy,
+    patch_embedding: Linear,
+    class_embedding: Option<Vector>,
+    position_embedding: Vec<f32>,
+    pre_layrnorm: Option<LayerNorm>,
+    layers: Vec<EncoderLayer>,
+}
+
+struct EncoderLayer {
+    layer_norm1: LayerNorm,
+    qkv_proj: Linear,
+    out_proj: Linear,
+    layer_norm2: LayerNorm,
+    fc1: Linear,
+    fc2: Linear,
+}
+
+/// Activations of one pass, reused by every layer.
+struct Scratch {
+    normed: Buffer,
+    qkv: Buffer,
+    attended: Buffer,
+    inner: Buffer,
+}
+
+impl VisionTower {
+    /// Loads the tower of `config`.
+    ///
+    /// # Errors
+    /// A tensor is missing or has another shape.
+    pub fn load(loader: &Loader<'_>, config: &LlavaNextVideoConfig) -> Result<Self> {
+        let vision = config.vision_config.clone();
+        let taken = config.vision_feature_indices();
+        let depth = taken.iter().copied().max().unwrap_or(0);
+        let d = vision.hidden_size;
+        let class = vision.has_class_token();
+        let layers = (0..depth)
+            .map(|i| EncoderLayer::load(loader, &vision, i))
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            patch_embedding: load_patch_embedding(loader, &vision)?,
+            class_embedding: match class {
+                true => Some(loader.vector("vision_tower.embeddings.class_embedding", d)?),
+                false => None,
+            },
+            position_embedding: loader.rounded(
+                "vision_tower.embeddings.position_embedding.weight",
+                &[vision.tokens(), d],
+            )?,
+            pre_layrnorm: match class {
+                // "layrnorm" is how every published file spells it.
+                true => Some(LayerNorm::load(
+                    loader,
+                    "vision_tower.pre_layrnorm",
+                    d,
+                    vision.layer_norm_eps,
+                )?),
+                false => None,
+            },
+            layers,
+            taken,
+            strategy: config.vision_feature_select_strategy,
+            config: vision,
+        })
+    }
+
+    /// Tokens a picture keeps after selection.
+    pub fn feature_tokens(&self) -> usize {
+        self.config.tokens() - usize::from(self.drops_class_token())
+    }
+
+    /// Columns of a feature row.
+    pub fn feature_columns(&self) -> usize {
+        self.config.hidden_size * self.taken.len()
+    }
+
+    /// Bytes kept in memory.
+    pub fn bytes(&self) -> usize {
+        self.patch_embedding.bytes() + self.layers.iter().map(EncoderLayer::bytes).sum::<usize>()
+    }
+
+    /// Layers that are run, and the arithmetic of one picture in floating-point operations.
+    pub fn cost(&self) -> (usize, f64) {
+        let (c, t) = (&self.config, self.config.tokens() as f64);
+        let (d, f) = (c.hidden_size as f64, c.intermediate_size as f64);
+        let patch = (c.num_channels * c.patch_size * c.patch_size) as f64;
+        let layer = 2.0 * t * (4.0 * d * d + 2.0 * d * f) + 4.0 * t * t * d;
+        (
+            self.layers.len(),
+            2.0 * t * patch * d + layer * self.layers.len() as f64,
+        )
+    }
+
+    fn drops_class_token(&self) -> bool {
+        self.strategy == SelectStrategy::Default
+    }
+
+    /// The selected features of every picture: `[count * feature_tokens, feature_columns]`.
+    ///
+    /// `done` is called with the number of pictures finished.
+    ///
+    /// # Errors
+    /// A picture is not `image_size` square, or `done` asks to stop.
+    pub fn forward(
+        &self,
+        ops: &Ops,
+        pixels: &[&Pixels],
+        done: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Buffer> {
+        let side = self.config.image_size;
+        for stack in pixels {
+            if stack.size != ImageSize::square(side) {
+                return Err(Error::Input(format!(
+                    "Input image size ({}*{}) doesn't match model ({side}*{side}): check the sizes \
+                     in preprocessor_config.json",
+                    stack.size.height, stack.size.width
+                )));
+            }
+        }
+        let count: usize = pixels.iter().map(|stack| stack.count).sum();
+        let mut features = ops.buffer(count * self.feature_tokens(), self.feature_columns());
+        let mut first = 0;
+        for pass in passes(pixels) {
+            let n = pass.len();
+            let pictures: Vec<f32> = pass.concat();
+            self.forward_pass(ops, &pictures, n, &mut features, first);
+            first += n;
+            done(first)?;
+        }
+        Ok(features)
+    }
+
+    /// Runs `n` pictures and writes their features from picture `first` on.
+    fn forward_pass(
+        &self,
+        ops: &Ops,
+        pixels: &[f32],
+        n: usize,
+        features: &mut Buffer,
+        first: usize,
+    ) {
+        let mut x = self.embed(ops, pixels, n);
+        let rows = x.rows();
+        let (d, f) = (self.config.hidden_size, self.config.intermediate_size);
+        let mut scratch = Scratch {
+            normed: ops.buffer(rows, d),
+            qkv: ops.buffer(rows, 3 * d),
+            attended: ops.buffer(rows, d),
+            inner: ops.buffer(rows, f),
+        };
+        self.select(ops, &x, 0, n, features, first);
+        for (i, layer) in self.layers.iter().enumerate() {
+            layer.forward(ops, &self.config, &mut x, &mut scratch);
+            self.select(ops, &x, i + 1, n, features, first);
+        }
+    }
+
+    /// Patch, class and position embeddings, and CLIP's first LayerNorm: hidden state 0.
+    fn embed(&self, ops: &Ops, pixels: &[f32], n: usize) -> Buffer {
+        let c = &self.config;
+        let geometry = PatchGeometry {
+            channels: c.num_channels,
+            height: c.image_size,
+            width: c.image_size,
+            patch: c.patch_size,
+        };
+        let per_tile = c.patches_per_side().pow(2);
+        let mut patches = ops.buffer(n * per_tile, c.num_channels * c.patch_size * c.patch_size);
+        ops.patchify(pixels, n, geometry, &mut patches);
+        let mut embedded = ops.buffer(n * per_tile, c.hidden_size);
+        self.patch_embedding
+            .forward(ops, &patches, Epilogue::Store(None), &mut embedded);
+        let tokens = c.tokens();
+        let mut x = match &self.class_embedding {
+            None => embedded,
+            Some(class) => {
+                let mut x = ops.buffer(n * tokens, c.hidden_size);
+                let class_rows: Vec<u32> = (0..n).map(|i| (i * tokens) as u32).collect();
+                ops.broadcast_row(class, &mut x, &class_rows);
+                let from: Vec<u32> = (0..(n * per_tile) as u32).collect();
+                let to: Vec<u32> = (0..n * per_tile)
+                    .map(|i| (i / per_tile * tokens + 1 + i % per_tile) as u32)
+                    .collect();
+                ops.copy_rows(&embedded, &from, &mut x, &to);
+                x
+            }
+        };
+        let positions = ops.upload(tokens, c.hidden_size, &self.position_embedding);
+        ops.add_rows(&mut x, &positions);
+        match &self.pre_layrnorm {
+            None => x,
+            Some(norm) => {
+                let mut normed = ops.buffer(x.rows(), c.hidden_size);
+                norm.forward(ops, &x, &mut normed);
+                normed
+            }
+        }
+    }
+
+    /// Copies hidden state `index` into its columns of the features, wherever the list names it.
+    fn select(
+        &self,
+        ops: &Ops,
+        x: &Buffer,
+        index: usize,
+        n: usize,
+        features: &mut Buffer,
+        first: usize,
+    ) {
+        let (tokens, kept) = (self.config.tokens(), self.feature_tokens());
+        let skip = tokens - kept;
+        let wanted: Vec<usize> = (0..self.taken.len())
+            .filter(|slot| self.taken[*slot] == index)
+            .collect();
+        if wanted.is_empty() {
+            return;
+        }
+        let from: Vec<u32> = (0..n * kept)
+            .map(|i| (i / kept * tokens + skip + i % kept) as u32)
+            .collect();
+        let to: Vec<u32> = (first * kept..(first + n) * kept)
+            .map(|i| i as u32)
+            .collect();
+        if self.taken.len() == 1 {
+            ops.copy_rows(x, &from, features, &to);
+            return;
+        }
+        // Several layers: gather the rows, widen them into place, then store whole feature rows.
+        let mut rows = ops.buffer(n * kept, self.config.hidden_size);
+        let here: Vec<u32> = (0..(n * kept) as u32).collect();
+        ops.copy_rows(x, &from, &mut rows, &here);
+        let mut wide = ops.buffer(n * kept, self.feature_columns());
+        ops.copy_rows(features, &to, &mut wide, &here);
+        for slot in wanted {
+            ops.copy_columns(&rows, &mut wide, slot * self.config.hidden_size);
+        }
+        ops.copy_rows(&wide, &here, features, &to);
+    }
+}
+
+/// Groups the pictures of all stacks into passes.
+fn passes<'a>(pixels: &[&'a Pixels]) -> Vec<Vec<&'a [f32]>> {
+    let pictures: Vec<&[f32]> = pixels
+        .iter()
+        .flat_map(|stack| stack.data.chunks_exact(stack.stride()))
+        .collect();
+    pictures
+        .chunks(PICTURES_PER_PASS)
+        .map(<[&[f32]]>::to_vec)
+        .collect()
+}
+
+/// The convolution with kernel = stride is a matrix over flattened patches; its `[n, 3, p, p]` weight
+/// lies in memory as that matrix already.
+fn load_patch_embedding(loader: &Loader<'_>, vision: &VisionConfig) -> Result<Linear> {
+    const NAME: &str = "vision_tower.embeddings.patch_embedding";
+    let (d, p) = (vision.hidden_size, vision.patch_size);
+    let shape = [d, vision.num_channels, p, p];
+    let view = loader
+        .checkpoint
+        .tensor(&format!("{NAME}.weight"), &shape)?;
+    let k = vision.num_channels * p * p;
+    let weight = loader.pack(
+        &[WeightPart {
+            data: view.data,
+            n: d,
+        }],
+        k,
+    )?;
+    let bias = match vision.has_class_token() {
+        true => None,
+        false => Some(loader.vector(&format!("{NAME}.bias"), d)?),
+    };
+    Ok(Linear::from_parts(weight, bias))
+}
+
+impl EncoderLayer {
+    fn load(loader: &Loader<'_>, vision: &VisionConfig, i: usize) -> Result<Self> {
+        let (d, f) = (vision.hidden_size, vision.intermediate_size);
+        let name = |part: &str| format!("vision_tower.encoder.layers.{i}.{part}");
+        let qkv = ["q_proj", "k_proj", "v_proj"].map(|p| (name(&format!("self_attn.{p}")), d));
+        let norm = |part: &str| LayerNorm::load(loader, &name(part), d, vision.layer_norm_eps);
+        Ok(Self {
+            layer_norm1: norm("layer_norm1")?,
+            qkv_proj: Linear::load_fused(loader, &qkv, d, true)?,
+            out_proj: Linear::load(loader, &name("self_attn.out_proj"), d, d, true)?,
+            layer_norm2: norm("layer_norm2")?,
+            fc1: Linear::load(loader, &name("mlp.fc1"), f, d, true)?,
+            fc2: Linear::load(loader, &name("mlp.fc2"), d, f, true)?,
+        })
+    }
+
+    fn bytes(&self) -> usize {
+        [&self.qkv_proj, &self.out_proj, &self.fc1, &self.fc2]
+            .iter()
+            .map(|l| l.bytes())
+            .sum()
+    }
+
+    fn forward(&self, ops: &Ops, config: &VisionConfig, x: &mut Buffer, s: &mut Scratch) {
+        let heads = Heads {
+            heads: config.num_attention_heads,
+            kv_heads: config.num_attention_heads,
+            head_dim: config.head_dim(),
+        };
+        let scale = (config.head_dim() as f32).powf(-0.5);
+        self.layer_norm1.forward(ops, x, &mut s.normed);
+        self.qkv_proj
+            .forward(ops, &s.normed, Epilogue::Store(None), &mut s.qkv);
+        ops.full_attention(&s.qkv, config.tokens(), heads, scale, &mut s.attended);
+        self.out_proj.forward(ops, &s.attended, Epilogue::Add, x);
+        self.layer_norm2.forward(ops, x, &mut s.normed);
+        self.fc1.forward(
+            ops,
+            &s.normed,
+            Epilogue::Store(Some(config.hidden_act)),
+            &mut s.inner,
+        );
+        self.fc2.forward(ops, &s.inner, Epilogue::Add, x);
+    }
+}

@@ -1,0 +1,531 @@
+//! The tensors of a checkpoint: safetensors files, mapped into memory, under one set of names.
+//!
+//! Published files come in four spellings (4.42-4.51, 4.52+, 5.x, and the research code's); a key is
+//! brought to one canonical form when the index is read, and the rest of the program knows no other.
+//! Nothing is copied here: a [`TensorView`] borrows the mapped bytes, and packing reads them once.
+//! Pickled `.bin` weights are refused: reading one means running the program inside it.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use lnv_kernels::WeightData;
+use memmap2::Mmap;
+use safetensors::tensor::{Dtype as StoredDtype, Metadata, SafeTensors};
+
+use crate::config::{CheckpointFiles, Dtype};
+use crate::error::{Error, Result};
+
+/// The largest header of a safetensors file; the format's own limit.
+const MAX_HEADER_BYTES: usize = 100_000_000;
+
+/// The file of an unsharded checkpoint.
+const SINGLE: &str = "model.safetensors";
+
+/// The index of a sharded one.
+const INDEX: &str = "model.safetensors.index.json";
+
+/// All tensors of a checkpoint by canonical name.
+#[derive(Debug)]
+pub struct Checkpoint {
+    shards: Vec<Shard>,
+    entries: HashMap<String, Entry>,
+}
+
+#[derive(Debug)]
+struct Shard {
+    name: String,
+    bytes: ShardBytes,
+}
+
+#[derive(Debug)]
+enum ShardBytes {
+    Mapped(Mmap),
+    Static(&'static [u8]),
+}
+
+impl Shard {
+    fn bytes(&self) -> &[u8] {
+        match &self.bytes {
+            ShardBytes::Mapped(map) => map,
+            ShardBytes::Static(bytes) => bytes,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Entry {
+    shard: usize,
+    stored_name: String,
+    dtype: StoredDtype,
+    shape: Vec<usize>,
+    start: usize,
+    end: usize,
+}
+
+/// One tensor as it lies in its file: little-endian, row-major, perhaps unaligned.
+#[derive(Debug, Clone, Copy)]
+pub struct TensorView<'a> {
+    /// Its bytes and their type.
+    pub data: WeightData<'a>,
+    /// Its dimensions.
+    pub shape: &'a [usize],
+}
+
+/// What is known of a tensor without reading it.
+#[derive(Debug, Clone)]
+pub struct TensorInfo {
+    /// Canonical name.
+    pub name: String,
+    /// Dimensions.
+    pub shape: Vec<usize>,
+    /// Stored type, as the file spells it.
+    pub dtype: String,
+    /// Bytes in the file.
+    pub bytes: usize,
+}
+
+impl Checkpoint {
+    /// Maps every weight file of a checkpoint and reads the headers.
+    ///
+    /// # Errors
+    /// No safetensors file, one that an index names is missing, or a header that is cut short, is
+    /// malformed or points outside its file.
+    pub fn open(files: &CheckpointFiles) -> Result<Self> {
+        let mut checkpoint = Self {
+            shards: Vec::new(),
+            entries: HashMap::new(),
+        };
+        match files {
+            CheckpointFiles::Embedded(list) => {
+                for (name, bytes) in list.iter().filter(|(n, _)| n.ends_with(".safetensors")) {
+                    let shard = Shard {
+                        name: (*name).into(),
+                        bytes: ShardBytes::Static(bytes),
+                    };
+                    checkpoint.add(shard)?;
+                }
+            }
+            CheckpointFiles::Directory(directory) => {
+                for path in weight_files(directory, files)? {
+                    checkpoint.add(map_file(&path)?)?;
+                }
+            }
+        }
+        if checkpoint.entries.is_empty() {
+            return Err(Error::Checkpoint(format!(
+                "{} holds no weights",
+                files.name()
+            )));
+        }
+        Ok(checkpoint)
+    }
+
+    fn add(&mut self, shard: Shard) -> Result<()> {
+        let index = self.shards.len();
+        let (header, metadata) = read_header(&shard)?;
+        for (stored_name, info) in metadata.tensors() {
+            let name = canonical_name(&stored_name);
+            let entry = Entry {
+                shard: index,
+                dtype: info.dtype,
+                shape: info.shape.clone(),
+                start: header + info.data_offsets.0,
+                end: header + info.data_offsets.1,
+                stored_name,
+            };
+            if let Some(first) = self.entries.get(&name) {
+                return Err(Error::Checkpoint(format!(
+                    "{} and {} in {} are two spellings of one tensor ({name}): keep one",
+                    first.stored_name, entry.stored_name, shard.name
+                )));
+            }
+            self.entries.insert(name, entry);
+        }
+        self.shards.push(shard);
+        Ok(())
+    }
+
+    /// True where the checkpoint has a tensor of this canonical name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.entries.contains_key(name)
+    }
+
+    /// The tensor `name`, which must have this shape.
+    ///
+    /// # Errors
+    /// It is missing, has another shape (both are named, and the file), or is not made of floats.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<TensorView<'_>> {
+        let Some(entry) = self.entries.get(name) else {
+            return Err(Error::Checkpoint(format!(
+                "the checkpoint has no tensor {name} (in {}); config.json asks for one of shape \
+                 {shape:?}: is the download complete?",
+                self.shard_names()
+            )));
+        };
+        let shard = &self.shards[entry.shard];
+        if entry.shape != shape {
+            return Err(Error::Checkpoint(format!(
+                "tensor {} in {} has shape {:?}, but config.json asks for {shape:?}: the weights \
+                 and the configuration are not of one model",
+                entry.stored_name, shard.name, entry.shape
+            )));
+        }
+        let bytes = &shard.bytes()[entry.start..entry.end];
+        let data = match entry.dtype {
+            StoredDtype::F32 => WeightData::F32(bytes),
+            StoredDtype::BF16 => WeightData::Bf16(bytes),
+            StoredDtype::F16 => WeightData::F16(bytes),
+            other => {
+                return Err(Error::Checkpoint(format!(
+                    "tensor {} in {} is stored as {other:?}; supported are F32, BF16 and F16",
+                    entry.stored_name, shard.name
+                )));
+            }
+        };
+        Ok(TensorView {
+            data,
+            shape: &entry.shape,
+        })
+    }
+
+    /// The tensor `name` as f32 values.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensor`].
+    pub fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        Ok(widen(self.tensor(name, shape)?.data))
+    }
+
+    /// The type that most bytes of the weights are stored in.
+    pub fn stored_dtype(&self) -> Dtype {
+        let mut bytes = [(Dtype::F32, 0), (Dtype::Bf16, 0), (Dtype::F16, 0)];
+        for entry in self.entries.values() {
+            let slot = match entry.dtype {
+                StoredDtype::BF16 => 1,
+                StoredDtype::F16 => 2,
+                _ => 0,
+            };
+            bytes[slot].1 += entry.end - entry.start;
+        }
+        bytes
+            .into_iter()
+            .max_by_key(|(_, n)| *n)
+            .map_or(Dtype::F32, |(dtype, _)| dtype)
+    }
+
+    /// Every tensor, sorted by canonical name.
+    pub fn tensors(&self) -> Vec<TensorInfo> {
+        let info = |(name, entry): (&String, &Entry)| TensorInfo {
+            name: name.clone(),
+            shape: entry.shape.clone(),
+            dtype: format!("{:?}", entry.dtype),
+            bytes: entry.end - entry.start,
+        };
+        let mut list: Vec<_> = self.entries.iter().map(info).collect();
+        list.sort_by(|a, b| a.name.cmp(&b.name));
+        list
+    }
+
+    /// Number of weight files.
+    pub fn shards(&self) -> usize {
+        self.shards.len()
+    }
+
+    fn shard_names(&self) -> String {
+        match self.shards.as_slice() {
+            [one] => one.name.clone(),
+            [first, .., last] => format!("{} to {}", first.name, last.name),
+            [] => "no file".into(),
+        }
+    }
+}
+
+/// The files that hold the weights of `directory`.
+fn weight_files(directory: &Path, files: &CheckpointFiles) -> Result<Vec<PathBuf>> {
+    if let Some(index) = files.read_json(INDEX)? {
+        return indexed_files(directory, files, &index);
+    }
+    let single = directory.join(SINGLE);
+    if single.is_file() {
+        return Ok(vec![single]);
+    }
+    let mut found: Vec<PathBuf> = std::fs::read_dir(directory)
+        .map_err(|cause| Error::io("list", directory, &cause))?
+        .filter_map(|entry| entry.ok().map(|e| e.path()))
+        .filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
+        .collect();
+    found.sort();
+    if found.is_empty() {
+        let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"]
+            .iter()
+            .any(|name| directory.join(name).exists());
+        let what = match pickled {
+            true => "has pickled weights (*.bin) only: convert them to safetensors first",
+            false => "has no *.safetensors file: is the download complete?",
+        };
+        return Err(Error::Checkpoint(format!("{} {what}", directory.display())));
+    }
+    Ok(found)
+}
+
+fn indexed_files(
+    directory: &Path,
+    files: &CheckpointFiles,
+    index: &serde_json::Value,
+) -> Result<Vec<PathBuf>> {
+    let Some(map) = index.get("weight_map").and_then(|m| m.as_object()) else {
+        return Err(Error::Checkpoint(format!(
+            "{} has no weight_map: download it again",
+            files.display(INDEX)
+        )));
+    };
+    let mut names: Vec<&str> = map.values().filter_map(|v| v.as_str()).collect();
+    names.sort_unstable();
+    names.dedup();
+    let mut paths = Vec::new();
+    for name in names {
+        // A name with a folder in it would reach outside the checkpoint.
+        let plain = Path::new(name).file_name().is_some_and(|f| f == name);
+        let path = directory.join(name);
+        if !plain || !path.is_file() {
+            return Err(Error::Checkpoint(format!(
+                "{} names the file {name:?}, which is not in {}: is the download complete?",
+                files.display(INDEX),
+                directory.display()
+            )));
+        }
+        paths.push(path);
+    }
+    Ok(paths)
+}
+
+#[allow(unsafe_code)]
+fn map_file(path: &Path) -> Result<Shard> {
+    let file = std::fs::File::open(path).map_err(|cause| Error::io("open", path, &cause))?;
+    let length = file
+        .metadata()
+        .map_err(|cause| Error::io("read", path, &cause))?
+        .len();
+    let name = path.display().to_string();
+    if length == 0 {
+        return Err(Error::Checkpoint(format!(
+            "{name} is empty: download it again"
+        )));
+    }
+    // SAFETY: the map is read-only and private to this process. Another process that truncates the
+    // file while we run can raise SIGBUS, as with every program that maps its weights; the bytes are
+    // only ever read as plain numbers, so a change of content cannot break an invariant.
+    let map = unsafe { Mmap::map(&file) }.map_err(|cause| Error::io("map", path, &cause))?;
+    Ok(Shard {
+        name,
+        bytes: ShardBytes::Mapped(map),
+    })
+}
+
+/// Parses the header; returns where the data begins.
+fn read_header(shard: &Shard) -> Result<(usize, Metadata)> {
+    let bytes = shard.bytes();
+    let bad = |what: String| Error::Checkpoint(format!("{} {what}: download it again", shard.name));
+    let length = bytes.first_chunk::<8>().map(|b| u64::from_le_bytes(*b));
+    let Some(length) = length.and_then(|n| usize::try_from(n).ok()) else {
+        return Err(bad(format!("is cut short: it has {} bytes", bytes.len())));
+    };
+    if length > MAX_HEADER_BYTES {
+        return Err(bad(format!(
+            "is not a safetensors file: its header would have {length} bytes"
+        )));
+    }
+    if bytes.len() < 8 + length {
+        return Err(bad(format!(
+            "is cut short: its header alone needs {} bytes, the file has {}",
+            8 + length,
+            bytes.len()
+        )));
+    }
+    let (_, metadata) = SafeTensors::read_metadata(&bytes[..bytes.len()]).map_err(|cause| {
+        let text = cause.to_string();
+        match declared_length(&bytes[8..8 + length]) {
+            Some(data) if data > bytes.len() - 8 - length => bad(format!(
+                "is cut short: its tensors need {data} bytes, {} are there",
+                bytes.len() - 8 - length
+            )),
+            _ => bad(format!("is damaged ({text})")),
+        }
+    })?;
+    let data = metadata
+        .tensors()
+        .values()
+        .map(|t| t.data_offsets.1)
+        .max()
+        .unwrap_or(0);
+    if bytes.len() - 8 - length < data {
+        return Err(bad(format!(
+            "is cut short: its tensors need {data} bytes, {} are there",
+            bytes.len() - 8 - length
+        )));
+    }
+    Ok((8 + length, metadata))
+}
+
+/// The end of the last tensor that a header declares.
+fn declared_length(header: &[u8]) -> Option<usize> {
+    let json: serde_json::Value = serde_json::from_slice(header).ok()?;
+    let ends = json
+        .as_object()?
+        .values()
+        .filter_map(|t| t.get("data_offsets")?.get(1)?.as_u64());
+    ends.max().and_then(|n| usize::try_from(n).ok())
+}
+
+/// The one spelling that the program uses: the 5.x module names without a leading `model.`, that is
+/// `vision_tower.encoder...`, `multi_modal_projector.linear_1...`, `language_model.layers...`,
+/// `lm_head.weight`, `image_newline`, `vision_resampler.pool...`.
+pub fn canonical_name(stored: &str) -> String {
+    const COMPONENTS: [&str; 8] = [
+        "language_model.",
+        "vision_tower.",
+        "multi_modal_projector.",
+        "image_newline",
+        "vision_resampler.",
+        "mm_projector.",
+        "lm_head.",
+        "model.",
+    ];
+    let mut name = stored;
+    while let Some(rest) = name.strip_prefix("model.") {
+        if !COMPONENTS
+            .iter()
+            .any(|component| rest.starts_with(component))
+        {
+            break;
+        }
+        name = rest;
+    }
+    // The research code calls the decoder `model`, its projector `mm_projector`, and may wrap both.
+    let research_decoder = ["model.layers.", "model.embed_tokens.", "model.norm."];
+    if research_decoder
+        .iter()
+        .any(|prefix| name.starts_with(prefix))
+    {
+        return format!("language_model.{}", &name["model.".len()..]);
+    }
+    if let Some(rest) = name.strip_prefix("language_model.") {
+        if rest.starts_with("lm_head.") {
+            return rest.into();
+        }
+        return format!(
+            "language_model.{}",
+            rest.strip_prefix("model.").unwrap_or(rest)
+        );
+    }
+    if let Some(rest) = name.strip_prefix("vision_tower.") {
+        let rest = rest.strip_prefix("vision_tower.").unwrap_or(rest);
+        return format!(
+            "vision_tower.{}",
+            rest.strip_prefix("vision_model.").unwrap_or(rest)
+        );
+    }
+    let projector = name.strip_prefix("vision_resampler.").unwrap_or(name);
+    for (research, ours) in [
+        ("mm_projector.0.", "linear_1."),
+        ("mm_projector.2.", "linear_2."),
+    ] {
+        if let Some(rest) = projector.strip_prefix(research) {
+            return format!("multi_modal_projector.{ours}{rest}");
+        }
+    }
+    name.into()
+}
+
+/// The values as f32.
+pub fn widen(data: WeightData<'_>) -> Vec<f32> {
+    match data {
+        WeightData::F32(bytes) => bytes
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|b| f32::from_le_bytes(*b))
+            .collect(),
+        WeightData::Bf16(bytes) => {
+            let wide = |b: &[u8; 2]| half::bf16::from_le_bytes(*b).to_f32();
+            bytes.as_chunks::<2>().0.iter().map(wide).collect()
+        }
+        WeightData::F16(bytes) => {
+            let wide = |b: &[u8; 2]| half::f16::from_le_bytes(*b).to_f32();
+            bytes.as_chunks::<2>().0.iter().map(wide).collect()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::canonical_name;
+
+    /// Every spelling of behaviour.md section 2 comes to one name.
+    #[test]
+    fn spellings_agree() {
+        let rows: &[(&str, &[&str])] = &[
+            (
+                "vision_tower.encoder.layers.3.mlp.fc1.weight",
+                &[
+                    "vision_tower.vision_model.encoder.layers.3.mlp.fc1.weight",
+                    "model.vision_tower.vision_model.encoder.layers.3.mlp.fc1.weight",
+                    "model.vision_tower.encoder.layers.3.mlp.fc1.weight",
+                    "vision_tower.encoder.layers.3.mlp.fc1.weight",
+                    "model.vision_tower.vision_tower.vision_model.encoder.layers.3.mlp.fc1.weight",
+                ],
+            ),
+            (
+                "language_model.layers.0.self_attn.q_proj.weight",
+                &[
+                    "language_model.model.layers.0.self_attn.q_proj.weight",
+                    "model.language_model.layers.0.self_attn.q_proj.weight",
+                    "language_model.layers.0.self_attn.q_proj.weight",
+                    "model.layers.0.self_attn.q_proj.weight",
+                    "model.language_model.model.layers.0.self_attn.q_proj.weight",
+                ],
+            ),
+            (
+                "language_model.norm.weight",
+                &["model.norm.weight", "language_model.model.norm.weight"],
+            ),
+            (
+                "language_model.embed_tokens.weight",
+                &[
+                    "model.embed_tokens.weight",
+                    "model.language_model.embed_tokens.weight",
+                ],
+            ),
+            (
+                "lm_head.weight",
+                &["lm_head.weight", "language_model.lm_head.weight"],
+            ),
+            ("image_newline", &["image_newline", "model.image_newline"]),
+            (
+                "multi_modal_projector.linear_1.bias",
+                &[
+                    "multi_modal_projector.linear_1.bias",
+                    "model.multi_modal_projector.linear_1.bias",
+                    "model.mm_projector.0.bias",
+                    "model.vision_resampler.mm_projector.0.bias",
+                ],
+            ),
+            (
+                "multi_modal_projector.linear_2.weight",
+                &["model.mm_projector.2.weight"],
+            ),
+            (
+                "vision_resampler.pool.weight",
+                &[
+                    "vision_resampler.pool.weight",
+                    "model.vision_resampler.pool.weight",
+                ],
+            ),
+        ];
+        for (canonical, spellings) in rows {
+            for stored in *spellings {
+                assert_eq!(canonical_name(stored), *canonical, "{stored}");
+            }
+        }
+    }
+}

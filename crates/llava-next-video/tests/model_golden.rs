@@ -1,0 +1,192 @@
+//! The model against Transformers: logits, loss, every hidden state, attentions, media features, for
+//! every configuration of `testdata/golden`. Tolerances are relative to the largest value.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::path::{Path, PathBuf};
+
+use llava_next_video::config::{CheckpointFiles, Dtype, LlavaNextVideoConfig};
+use llava_next_video::media::ImageSize;
+use llava_next_video::model::{ForwardOptions, LlavaNextVideoModel, LoadOptions, LogitsToKeep};
+use llava_next_video::processor::anyres::AnyResLayout;
+use llava_next_video::processor::inputs::{ImageInput, ModelInputs, Pixels, VideoInput};
+use safetensors::SafeTensors;
+
+/// What f32 results may differ by, as a share of the largest value.
+const F32_TOLERANCE: f32 = 2e-4;
+
+fn golden() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/golden")
+}
+
+fn f32s(t: &safetensors::tensor::TensorView<'_>) -> Vec<f32> {
+    t.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+}
+fn i64s(t: &safetensors::tensor::TensorView<'_>) -> Vec<i64> {
+    t.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap())).collect()
+}
+
+fn read_inputs(path: &Path, config: &LlavaNextVideoConfig) -> (ModelInputs, Option<Vec<Vec<i64>>>) {
+    let bytes = std::fs::read(path).unwrap();
+    let st = SafeTensors::deserialize(&bytes).unwrap();
+    let rows = |name: &str| -> Option<Vec<Vec<i64>>> {
+        let t = st.tensor(name).ok()?;
+        Some(i64s(&t).chunks(t.shape()[1]).map(<[i64]>::to_vec).collect())
+    };
+    let mut inputs = ModelInputs {
+        input_ids: rows("input_ids")
+            .unwrap()
+            .iter()
+            .map(|r| r.iter().map(|x| *x as u32).collect())
+            .collect(),
+        attention_mask: rows("attention_mask")
+            .unwrap()
+            .iter()
+            .map(|r| r.iter().map(|x| *x != 0).collect())
+            .collect(),
+        ..ModelInputs::default()
+    };
+    if let Ok(t) = st.tensor("pixel_values") {
+        let s = t.shape().to_vec();
+        let sizes = rows("image_sizes").unwrap();
+        let data = f32s(&t);
+        let per = s[1..].iter().product::<usize>();
+        for (i, size) in sizes.iter().enumerate() {
+            let layout = AnyResLayout::new(
+                ImageSize::new(size[0] as usize, size[1] as usize),
+                &config.image_grid_pinpoints,
+                config.vision_config.image_size,
+                config.vision_config.patch_size,
+            )
+            .unwrap();
+            let n = layout.tiles;
+            let one = per / s[1];
+            inputs.images.push(ImageInput {
+                tiles: Pixels {
+                    count: n,
+                    size: ImageSize::new(s[3], s[4]),
+                    data: data[i * per..i * per + n * one].to_vec(),
+                },
+                layout,
+            });
+        }
+    }
+    if let Ok(t) = st.tensor("pixel_values_videos") {
+        let s = t.shape().to_vec();
+        let per = s[1..].iter().product::<usize>();
+        for v in f32s(&t).chunks(per) {
+            inputs.videos.push(VideoInput {
+                frames: Pixels { count: s[1], size: ImageSize::new(s[3], s[4]), data: v.to_vec() },
+            });
+        }
+    }
+    (inputs, rows("labels"))
+}
+
+/// Largest difference over the positions that the mask shows, as a share of the largest value there.
+fn difference(ours: &[f32], theirs: &[f32], shown: &dyn Fn(usize) -> bool) -> f32 {
+    assert_eq!(ours.len(), theirs.len());
+    let mut worst = 0.0f32;
+    let mut largest = 0.0f32;
+    for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
+        assert!(a.is_finite(), "value {i} is {a}");
+        if shown(i) {
+            worst = worst.max((a - b).abs());
+            largest = largest.max(b.abs());
+        }
+    }
+    worst / largest.max(1e-30)
+}
+
+fn check_configuration(name: &str) -> Vec<String> {
+    let directory = golden().join(name);
+    let files = CheckpointFiles::open(&directory).unwrap();
+    let options = LoadOptions { dtype: Some(Dtype::F32), ..LoadOptions::default() };
+    let model = LlavaNextVideoModel::load(&files, &options).unwrap();
+    let cases: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(directory.join("cases.json")).unwrap()).unwrap();
+    let mut failures = Vec::new();
+    for case in cases["cases"].as_array().unwrap() {
+        let Some(outputs) = case["outputs"].as_str() else { continue };
+        let (inputs, labels) =
+            read_inputs(&golden().join(case["inputs"].as_str().unwrap()), model.config());
+        let bytes = std::fs::read(golden().join(outputs)).unwrap();
+        let st = SafeTensors::deserialize(&bytes).unwrap();
+        let options = ForwardOptions {
+            hidden_states: true,
+            attentions: st.names().iter().any(|n| n.starts_with("attentions")),
+            ..ForwardOptions::default()
+        };
+        let out = model.forward(&inputs, labels.as_deref(), &options).unwrap();
+        let (b, s) = (inputs.input_ids.len(), inputs.input_ids[0].len());
+        let mut check = |what: &str, ours: &[f32], theirs: &[f32], shown: &dyn Fn(usize) -> bool| {
+            let d = difference(ours, theirs, shown);
+            if d > F32_TOLERANCE {
+                failures.push(format!("{name}/{}: {what}: {d:e}", case["name"]));
+            }
+        };
+        for tensor in st.names() {
+            let t = st.tensor(tensor).unwrap();
+            let theirs = f32s(&t);
+            let mask = |row: usize| inputs.attention_mask[row / s][row % s];
+            if let Some(i) = tensor.strip_prefix("hidden_states.") {
+                let v = &out.hidden_states[i.parse::<usize>().unwrap()];
+                let d = v.shape[2];
+                check(tensor, &v.data, &theirs, &|i| mask(i / d));
+            } else if let Some(i) = tensor.strip_prefix("attentions.") {
+                let v = &out.attentions[i.parse::<usize>().unwrap()];
+                let h = v.shape[1];
+                check(tensor, &v.data, &theirs, &|i| {
+                    inputs.attention_mask[i / (h * s * s)][i / s % s]
+                });
+            } else if tensor == "logits" {
+                let d = out.logits.shape[2];
+                check(tensor, &out.logits.data, &theirs, &|i| mask(i / d));
+            } else if tensor == "logits_tail" {
+                let (d, n) = (out.logits.shape[2], t.shape()[1]);
+                let tail: Vec<f32> = out
+                    .logits
+                    .data
+                    .chunks(s * d)
+                    .flat_map(|row| row[(s - n) * d..].to_vec())
+                    .collect();
+                check(tensor, &tail, &theirs, &|i| {
+                    inputs.attention_mask[i / (n * d)][s - n + i / d % n]
+                });
+            } else if tensor == "image_hidden_states" {
+                check(tensor, &out.image_hidden_states.as_ref().unwrap().data, &theirs, &|_| true);
+            } else if tensor == "video_hidden_states" {
+                check(tensor, &out.video_hidden_states.as_ref().unwrap().data, &theirs, &|_| true);
+            } else if tensor == "loss" {
+                check(tensor, &[out.loss.unwrap()], &theirs, &|_| true);
+            } else if tensor == "logits_keep_3" {
+                let options = ForwardOptions {
+                    logits_to_keep: LogitsToKeep::Last(3),
+                    ..ForwardOptions::default()
+                };
+                let kept = model.forward(&inputs, None, &options).unwrap();
+                let d = kept.logits.shape[2];
+                assert_eq!(kept.logits.shape, [b, 3, d]);
+                check(tensor, &kept.logits.data, &theirs, &|i| mask(i / (3 * d) * s + s - 3 + i / d % 3));
+            }
+        }
+    }
+    failures
+}
+
+#[test]
+fn forward_equals_transformers() {
+    let mut failures = Vec::new();
+    let mut names: Vec<_> = std::fs::read_dir(golden())
+        .unwrap()
+        .filter_map(|e| Some(e.ok()?.path()))
+        .filter(|p| p.join("cases.json").exists())
+        .map(|p| p.file_name().unwrap().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    assert!(names.len() >= 8, "only {names:?}");
+    for name in names {
+        failures.extend(check_configuration(&name));
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}

@@ -21,4 +21,6 @@ pub mod processor;
 
 pub mod model;
 
+pub mod engine;
+
 pub use error::{Error, Result};

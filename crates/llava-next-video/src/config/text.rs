@@ -112,7 +112,6 @@ impl Defaults {
                 max_position_embeddings: 32_768,
                 bos_token_id: None,
                 eos_token_ids: Vec::new(),
-                ..llama
             },
         }
     }

@@ -39,7 +39,7 @@ def renamed_copy(name, source, layout, covers):
     (folder / "cases.json").write_text(write_cases.compact(described))
 
 
-FUNCTIONS = ["anyres", "resize", "image_processor", "video_processor", "frames", "rope", "templates_", "decode", "logits"]
+FUNCTIONS = ["anyres", "resize", "image_processor", "video_processor", "frames", "rope", "templates_", "decode", "logits", "errors"]
 
 
 def functions():

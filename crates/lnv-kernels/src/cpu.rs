@@ -15,6 +15,7 @@ pub(crate) mod norm;
 pub(crate) mod rope;
 pub(crate) mod scratch;
 pub(crate) mod simd;
+mod small;
 
 use rayon::prelude::*;
 

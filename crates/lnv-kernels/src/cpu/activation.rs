@@ -49,11 +49,13 @@ fn times_sigmoid<S: Simd>(s: S, x: S::F, v: S::F) -> S::F {
     s.div(x, s.add(s.splat(1.0), s.exp(negative)))
 }
 
-/// `x/2 (1 + erf(x/√2))`: `x - x/2 erfc(|x|/√2)` for positive x, `x/2 erfc(|x|/√2)` for negative.
+/// `x/2 (1 + erf(x/√2))`: `x - t` for positive x and `-t` for negative, where
+/// `t = |x|/2 erfc(|x|/√2)`.
 #[inline(always)]
 fn gelu<S: Simd>(s: S, x: S::F) -> S::F {
     let zero = s.splat(0.0);
-    let size = s.if_less(x, zero, s.sub(zero, x), x);
+    // Beyond 40 the tail is zero; infinity would make it 0 * ∞.
+    let size = s.min(s.splat(40.0), s.if_less(x, zero, s.sub(zero, x), x));
     let z = s.mul(size, s.splat(std::f32::consts::FRAC_1_SQRT_2));
     let t = s.div(s.splat(1.0), s.fma(z, s.splat(0.327_591_1), s.splat(1.0)));
     let mut p = s.splat(1.061_405_4);
@@ -61,8 +63,8 @@ fn gelu<S: Simd>(s: S, x: S::F) -> S::F {
         p = s.fma(p, t, s.splat(c));
     }
     let erfc = s.mul(s.mul(p, t), s.exp(s.sub(zero, s.mul(z, z))));
-    let tail = s.mul(s.mul(x, s.splat(0.5)), erfc);
-    s.if_less(x, zero, tail, s.sub(x, tail))
+    let tail = s.mul(s.mul(size, s.splat(0.5)), erfc);
+    s.if_less(x, zero, s.sub(zero, tail), s.sub(x, tail))
 }
 
 /// `values = act(values)`.

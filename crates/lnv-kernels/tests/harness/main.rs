@@ -3,7 +3,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod attention;
 mod linear;
+mod rows;
 
 use lnv_kernels::{Buffer, Isa, Ops, Vector};
 

@@ -8,6 +8,7 @@
 
 use ffmpeg::color::{Range, Space};
 use ffmpeg::format::Pixel;
+use ffmpeg::util::chroma::Location;
 use ffmpeg::util::frame::side_data;
 use ffmpeg::{filter, frame};
 use ffmpeg_next as ffmpeg;
@@ -29,6 +30,7 @@ struct Kind {
     height: u32,
     space: Space,
     range: Range,
+    chroma: Location,
 }
 
 impl Converter {
@@ -49,6 +51,7 @@ impl Converter {
             height: frame.height(),
             space: frame.color_space(),
             range: frame.color_range(),
+            chroma: frame.chroma_location(),
         };
         // A new tag or size is a new graph; that happens once per stream in all but odd files.
         if self.graph.as_ref().is_none_or(|(built, _)| *built != kind) {
@@ -93,11 +96,7 @@ fn build(kind: &Kind) -> Result<filter::Graph> {
     );
     add(&mut graph, "buffer", "in", &source)?;
     add(&mut graph, "buffersink", "out", "")?;
-    let spec = format!(
-        "scale=flags=bilinear:in_color_matrix={}:in_range={},format=pix_fmts=rgb24",
-        matrix(kind.space),
-        range(kind)
-    );
+    let spec = filters(kind, descriptor.log2_chroma_w(), descriptor.log2_chroma_h());
     graph
         .output("in", 0)
         .and_then(|parser| parser.input("out", 0))
@@ -105,6 +104,34 @@ fn build(kind: &Kind) -> Result<filter::Graph> {
         .map_err(|_| fail())?;
     graph.validate().map_err(|_| fail())?;
     Ok(graph)
+}
+
+/// The filters between source and sink, for chroma that is `1 << across` by `1 << down` subsampled.
+fn filters(kind: &Kind, across: u8, down: u8) -> String {
+    let (x, y) = siting(kind.chroma);
+    let (x, y) = (x * ((1 << across) - 1), y * ((1 << down) - 1));
+    let (matrix, range) = (matrix(kind.space), range(kind));
+    let plain = matches!(
+        kind.format,
+        Pixel::YUV420P | Pixel::YUVJ420P | Pixel::YUVA420P
+    );
+    let direct = plain && kind.height.is_multiple_of(2);
+    if across == 1 && down == 1 && !direct {
+        // Up to FFmpeg 7, swscale's general way to RGB takes the nearest chroma row, not the two around it as
+        // FFmpeg 8 (and so PyAV 18) does. Bringing chroma to full height first, in 16 bits, gives FFmpeg
+        // 8's values with every version.
+        return format!(
+            "scale=flags=bilinear:in_color_matrix={matrix}:out_color_matrix={matrix}:in_range={range}:\
+             out_range={range}:in_h_chr_pos={x}:out_h_chr_pos={x}:in_v_chr_pos={y},\
+             format=pix_fmts=yuv422p16,\
+             scale=flags=bilinear:in_color_matrix={matrix}:in_range={range}:in_h_chr_pos={x},\
+             format=pix_fmts=rgb24"
+        );
+    }
+    format!(
+        "scale=flags=bilinear:in_color_matrix={matrix}:in_range={range}:in_h_chr_pos={x}:in_v_chr_pos={y},\
+         format=pix_fmts=rgb24"
+    )
 }
 
 /// The name that `scale` has for a tagged matrix. What swscale does not know it treats as BT.601.
@@ -115,6 +142,19 @@ fn matrix(space: Space) -> &'static str {
         Space::SMPTE240M => "smpte240m",
         Space::BT2020NCL | Space::BT2020CL => "bt2020",
         _ => "bt601",
+    }
+}
+
+/// Where a chroma sample lies within the luma samples that it covers, in 256ths of a luma sample for a
+/// subsampling of two. It matters where swscale interpolates chroma: more than 8 bits, unusual subsampling.
+fn siting(chroma: Location) -> (u32, u32) {
+    match chroma {
+        Location::Left => (0, 128),
+        Location::TopLeft => (0, 0),
+        Location::Top => (128, 0),
+        Location::BottomLeft => (0, 256),
+        Location::Bottom => (128, 256),
+        Location::Center | Location::Unspecified => (128, 128),
     }
 }
 

@@ -34,6 +34,8 @@ pub(super) struct Demuxer {
     pub(super) codec: codec::Id,
     /// Seconds per tick of the video stream.
     pub(super) time_base: Rational,
+    /// Presentation time of the first shown frame in ticks, where the container tells.
+    pub(super) start_time: Option<i64>,
     /// Average frame rate in frames a second; 0 where the file does not tell.
     pub(super) frame_rate: f64,
     /// The bytes of the stream's display matrix, where it has one.
@@ -64,6 +66,7 @@ impl Demuxer {
         let index = pick_stream(&input, path)?;
         let stream = input.stream(index).ok_or_else(|| no_video(path))?;
         let (codec, time_base) = (stream.parameters().id(), stream.time_base());
+        let start_time = Some(stream.start_time()).filter(|ticks| *ticks != i64::MIN);
         let frame_rate = frame_rate(&stream);
         let display_matrix = stream
             .side_data()
@@ -74,6 +77,7 @@ impl Demuxer {
             path: path.to_path_buf(),
             codec,
             time_base,
+            start_time,
             frame_rate,
             display_matrix,
             input,

@@ -8,10 +8,11 @@
 
 use ffmpeg_next::codec::Id;
 
+use super::MediaLimits;
 use super::bitstream::{self, Start};
 use super::decode::Control;
 use super::demux::{Demuxer, Next};
-use super::{MediaLimits, mp4};
+use super::mp4::{self, Edits};
 use crate::{Error, Result};
 
 /// One packet, in the order of the file.
@@ -19,10 +20,12 @@ use crate::{Error, Result};
 pub(super) struct Entry {
     /// Presentation time in ticks.
     pub(super) pts: i64,
-    /// Decoding time in ticks.
-    pub(super) dts: i64,
+    /// Decoding time in ticks; Matroska does not keep it.
+    pub(super) dts: Option<i64>,
     /// Whether decoding may start here.
     pub(super) start: Start,
+    /// How long its picture is shown, in ticks; 0 where unknown.
+    pub(super) duration: i64,
     /// Whether it yields a picture.
     pub(super) shown: bool,
 }
@@ -85,7 +88,7 @@ pub(super) fn scan(
         let data = packet.data().unwrap_or_default();
         let shown = bitstream::is_shown(codec, data);
         promised += usize::from(shown);
-        let (Some(pts), Some(dts)) = (packet.pts(), packet.dts().or(packet.pts())) else {
+        let Some(pts) = packet.pts() else {
             complete = false;
             continue;
         };
@@ -97,7 +100,8 @@ pub(super) fn scan(
         if complete {
             entries.push(Entry {
                 pts,
-                dts,
+                dts: packet.dts(),
+                duration: packet.duration(),
                 start,
                 shown,
             });
@@ -107,12 +111,33 @@ pub(super) fn scan(
         return Ok(Scan::Damaged { promised });
     }
     if complete
-        && !mp4::cuts(demuxer.path(), &demuxer.container())
+        && apply_edits(&mut entries, demuxer)
         && let Some(index) = Index::new(entries, codec)
     {
         return Ok(Scan::Seekable(index));
     }
     Ok(Scan::Sequential { promised })
+}
+
+/// Marks the pictures that an edit list hides; false where that is not beyond doubt.
+fn apply_edits(entries: &mut [Entry], demuxer: &Demuxer) -> bool {
+    let length = match mp4::edits(demuxer.path(), &demuxer.container()) {
+        Edits::None => return true,
+        Edits::Many => return false,
+        Edits::One(length) => length,
+    };
+    let Some(start) = demuxer.start_time else {
+        return false;
+    };
+    let end = start.saturating_add(length);
+    for entry in entries {
+        entry.shown &= entry.pts >= start && entry.pts < end;
+        // The stretch may begin a little before its first picture, so a picture across its end is in doubt.
+        if entry.shown && entry.pts > end.saturating_sub(entry.duration.max(1)) {
+            return false;
+        }
+    }
+    true
 }
 
 fn too_many_packets(demuxer: &Demuxer, limits: &MediaLimits) -> Error {
@@ -211,7 +236,8 @@ mod tests {
     fn entry(pts: i64, dts: i64, start: Start) -> Entry {
         Entry {
             pts,
-            dts,
+            dts: Some(dts),
+            duration: 1,
             start,
             shown: true,
         }

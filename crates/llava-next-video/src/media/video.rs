@@ -596,14 +596,11 @@ impl Run<'_> {
 
     /// Seeks until reading arrives at the packet `start`; `None` where it does not.
     fn first_packet(&mut self) -> Result<Option<ffmpeg_next::Packet>> {
-        let entry = self.index.entries[self.start];
-        let first = self.index.entries[0];
+        let (entry, first) = (self.index.entries[self.start], self.index.entries[0]);
+        let dts = entry.dts.unwrap_or(entry.pts);
+        let earliest = first.dts.unwrap_or(first.pts).min(first.pts);
         // MP4 seeks by decoding time and Matroska by presentation time; a packet at either is right.
-        let tries = [
-            entry.pts.max(entry.dts),
-            entry.pts.min(entry.dts),
-            first.pts.min(first.dts),
-        ];
+        let tries = [entry.pts.max(dts), entry.pts.min(dts), earliest];
         for ticks in tries {
             if self.demuxer.seek(ticks)
                 && let Some(packet) = self.read_up_to_start()?
@@ -623,14 +620,14 @@ impl Run<'_> {
             let Next::Packet(packet) = self.demuxer.next() else {
                 return Ok(None);
             };
-            if packet.pts() == Some(goal.pts) && packet.dts().or(packet.pts()) == Some(goal.dts) {
+            if packet.pts() == Some(goal.pts) {
                 return Ok(Some(packet));
             }
             let beyond = |at: usize| at > self.start;
             if packet
                 .pts()
                 .and_then(|pts| self.index.packet_at(pts))
-                .is_none_or(beyond)
+                .is_some_and(beyond)
             {
                 return Ok(None);
             }

@@ -782,7 +782,7 @@ fn a_prompt_that_begins_with_bos_gets_no_second_one() {
     };
     let run = |options: &TemplateOptions| {
         processor.apply_chat_template(
-            &[conversation.clone()],
+            std::slice::from_ref(&conversation),
             &[image(9, 9)],
             &[],
             options,

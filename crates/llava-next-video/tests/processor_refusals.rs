@@ -820,3 +820,50 @@ fn a_prompt_that_begins_with_bos_gets_no_second_one() {
         "this checkpoint has default, short",
     );
 }
+
+#[test]
+fn an_explicit_number_of_additional_tokens_is_obeyed_with_a_note() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = checkpoint(folder.path());
+    let write = |file: &str, json: Value| {
+        std::fs::write(folder.path().join(file), json.to_string()).unwrap()
+    };
+    write(
+        "preprocessor_config.json",
+        json!({"size": 336, "crop_size": 336, "image_grid_pinpoints": [[672, 336]]}),
+    );
+    let facts = ModelFacts {
+        image_size: 336,
+        patch_size: 14,
+        image_grid_pinpoints: vec![ImageSize::new(672, 336)],
+        ..facts()
+    };
+    // Transformers' test_image_token_filling expects 1525 of the class default 0; the model makes 1526.
+    for (additional, tokens, notes) in [(0, 1525, 1), (1, 1526, 0)] {
+        write(
+            "processor_config.json",
+            json!({"num_additional_image_tokens": additional}),
+        );
+        let processor = LlavaNextVideoProcessor::from_files(&files, &facts).unwrap();
+        let inputs = processor
+            .process(
+                &["<image>".into()],
+                &[image(503, 316)],
+                &[],
+                &ProcessOptions::default(),
+            )
+            .unwrap();
+        assert_eq!(
+            inputs.input_ids[0].iter().filter(|&&id| id == 6).count(),
+            tokens
+        );
+        assert_eq!(
+            processor
+                .notes
+                .iter()
+                .filter(|note| note.contains("num_additional"))
+                .count(),
+            notes
+        );
+    }
+}

@@ -70,7 +70,7 @@ impl Bench {
             .iter()
             .flat_map(|v| v.to_bits().to_le_bytes()[2..].to_vec())
             .collect();
-        let start = Instant::now();
+        let (start, cpu) = (Instant::now(), cpu_seconds());
         let weight = self.ops.pack(
             &[WeightPart {
                 data: WeightData::Bf16(&bytes),
@@ -79,8 +79,13 @@ impl Bench {
             k,
             dtype,
         );
-        let rate = bytes.len() as f64 / start.elapsed().as_secs_f64() / 1e9;
-        println!("pack {dtype:?} {n}x{k}: reads {rate:.1} GB/s");
+        let cpu = (cpu_seconds() - cpu) / self.ops.threads() as f64;
+        let gigabytes = bytes.len() as f64 / 1e9;
+        println!(
+            "pack {dtype:?} {n}x{k}: reads {:.1} GB/s ({:.1} alone)",
+            gigabytes / start.elapsed().as_secs_f64(),
+            gigabytes / cpu
+        );
         weight
     }
 

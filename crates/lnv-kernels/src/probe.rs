@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 
+use crate::buffer::Aligned;
 use crate::isa::Isa;
 use crate::ops::Ops;
 use crate::weight::WeightDtype;
@@ -55,9 +56,10 @@ fn spin(isa: Isa, dtype: WeightDtype, times: usize) -> usize {
 /// The bandwidth at which all threads together read memory, in GB/s (10⁹ bytes). Goes through 1 GiB in
 /// parts of 64 MiB: by the time a part comes round again, no cache holds it.
 pub fn read_bandwidth_gbs() -> f64 {
-    let data: Vec<u64> = vec![1; 1 << 27];
+    let mut data = Aligned::<u64>::zeroed(1 << 27);
+    data.as_mut_slice().fill(1); // pages that were only read are one and the same
     let threads = rayon::current_num_threads();
-    let mut parts = data.chunks(1 << 23).cycle();
+    let mut parts = data.as_slice().chunks(1 << 23).cycle();
     let sum = |part: &[u64]| part.iter().fold(0u64, |sum, v| sum.wrapping_add(*v));
     let seconds = best(|| {
         let part = parts.next().unwrap_or_default();

@@ -239,8 +239,9 @@ impl<'a> Source<'a> {
     }
 }
 
-/// Values of k packed at once: a panel's part of them stays in the first-level cache.
-const K_BLOCK: usize = 32;
+/// Values of k packed at once: enough of each row for the memory's prefetcher, and a panel's part of
+/// them stays in the nearest caches.
+const K_BLOCK: usize = 128;
 
 type PackPanel<T> = fn(&Columns<'_>, Range<usize>, &mut [T]);
 

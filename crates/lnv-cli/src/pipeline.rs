@@ -14,9 +14,9 @@ use llava_next_video::processor::conversation::{Content, Conversation, Conversat
 use llava_next_video::processor::inputs::ModelInputs;
 use llava_next_video::processor::{LlavaNextVideoProcessor, ModelFacts, ProcessOptions};
 
+use crate::checkpoint;
 use crate::media::{LoadedMedia, source};
 use crate::progress::{Unit, bar, note};
-use crate::checkpoint;
 
 /// The largest conversation or inputs file.
 const MAX_FILE_BYTES: u64 = 8 << 30;

@@ -301,7 +301,8 @@ impl<B: Blocks> Kernel for Attend<'_, B> {
         let queries = &self.rows.queries;
         let start = self.rows.mask.visible(queries.start).start;
         let end = self.rows.mask.visible(queries.end - 1).end;
-        for block in start / KV_BLOCK..end.div_ceil(KV_BLOCK) {
+        let last = (end - 1) / KV_BLOCK;
+        for block in start / KV_BLOCK..=last {
             let keys = KV_BLOCK.min(end - block * KV_BLOCK);
             let scores = Small {
                 a: self.tile.q,
@@ -310,6 +311,7 @@ impl<B: Blocks> Kernel for Attend<'_, B> {
                 b_stride: KV_BLOCK,
                 depth: d,
                 cols: KV_BLOCK,
+                next: self.blocks.values(block),
             };
             small_product(s, &scores, count, None, self.tile.scores);
             self.softmax(s, block * KV_BLOCK);
@@ -320,6 +322,11 @@ impl<B: Blocks> Kernel for Attend<'_, B> {
                 b_stride: d,
                 depth: keys,
                 cols: d,
+                next: if block < last {
+                    self.blocks.keys(block + 1)
+                } else {
+                    &[]
+                },
             };
             small_product(s, &outputs, count, Some(self.tile.rescale), self.tile.o);
         }

@@ -400,38 +400,49 @@ struct Tile<'a> {
 /// The tile's sums, new or continued, to `sums` (`[rows, PANEL]`).
 #[inline(always)]
 fn any_tile<S: Simd, F: Format>(s: S, t: &Tile<'_>, sums: &mut [f32], more: bool) {
-    match sums.len() / PANEL {
-        1 => tile::<S, F, 1>(s, t, sums, more),
-        2 => tile::<S, F, 2>(s, t, sums, more),
-        3 => tile::<S, F, 3>(s, t, sums, more),
-        4 => tile::<S, F, 4>(s, t, sums, more),
-        5 => tile::<S, F, 5>(s, t, sums, more),
-        6 => tile::<S, F, 6>(s, t, sums, more),
-        // Compiled away where six rows fill the registers.
-        7 if S::LANES == 16 => tile::<S, F, 7>(s, t, sums, more),
-        8 if S::LANES == 16 => tile::<S, F, 8>(s, t, sums, more),
-        9 if S::LANES == 16 => tile::<S, F, 9>(s, t, sums, more),
-        10 if S::LANES == 16 => tile::<S, F, 10>(s, t, sums, more),
-        11 if S::LANES == 16 => tile::<S, F, 11>(s, t, sums, more),
-        12 if S::LANES == 16 => tile::<S, F, 12>(s, t, sums, more),
-        rows => unreachable!("a tile of {rows} rows"),
+    // With registers of 8, few rows take a whole panel at once, so that it is read once.
+    match (sums.len() / PANEL, S::LANES) {
+        (1, 8) => tile::<S, F, 1, 4>(s, t, sums, more),
+        (2, 8) => tile::<S, F, 2, 4>(s, t, sums, more),
+        (3, 8) => tile::<S, F, 3, 4>(s, t, sums, more),
+        (4, 8) => tile::<S, F, 4, 2>(s, t, sums, more),
+        (5, 8) => tile::<S, F, 5, 2>(s, t, sums, more),
+        (6, 8) => tile::<S, F, 6, 2>(s, t, sums, more),
+        (1, 16) => tile::<S, F, 1, 2>(s, t, sums, more),
+        (2, 16) => tile::<S, F, 2, 2>(s, t, sums, more),
+        (3, 16) => tile::<S, F, 3, 2>(s, t, sums, more),
+        (4, 16) => tile::<S, F, 4, 2>(s, t, sums, more),
+        (5, 16) => tile::<S, F, 5, 2>(s, t, sums, more),
+        (6, 16) => tile::<S, F, 6, 2>(s, t, sums, more),
+        (7, 16) => tile::<S, F, 7, 2>(s, t, sums, more),
+        (8, 16) => tile::<S, F, 8, 2>(s, t, sums, more),
+        (9, 16) => tile::<S, F, 9, 2>(s, t, sums, more),
+        (10, 16) => tile::<S, F, 10, 2>(s, t, sums, more),
+        (11, 16) => tile::<S, F, 11, 2>(s, t, sums, more),
+        (12, 16) => tile::<S, F, 12, 2>(s, t, sums, more),
+        (rows, lanes) => unreachable!("a tile of {rows} rows in registers of {lanes}"),
     }
 }
 
+/// ROWS rows, V registers of columns at a time.
 #[inline(always)]
-fn tile<S: Simd, F: Format, const ROWS: usize>(s: S, t: &Tile<'_>, sums: &mut [f32], more: bool) {
+fn tile<S: Simd, F: Format, const ROWS: usize, const V: usize>(
+    s: S,
+    t: &Tile<'_>,
+    sums: &mut [f32],
+    more: bool,
+) {
     let step_bytes = PANEL * F::COLUMN_BYTES;
     assert!(t.a.len() == t.steps * ROWS * F::A_PER_STEP && t.w.len() == t.steps * step_bytes);
     assert!(sums.len() == ROWS * PANEL);
-    for first in (0..PANEL).step_by(2 * S::LANES) {
-        let mut acc = [[s.splat(0.0); 2]; ROWS];
+    for first in (0..PANEL).step_by(V * S::LANES) {
+        let mut acc = [[s.splat(0.0); V]; ROWS];
         let sums = sums[first..].as_mut_ptr();
         if more {
             for (row, acc) in acc.iter_mut().enumerate() {
-                // SAFETY: sums has ROWS rows of PANEL values, and first + 2 * LANES <= PANEL.
-                unsafe {
-                    let at = sums.add(row * PANEL);
-                    *acc = [s.load(at), s.load(at.add(S::LANES))];
+                for (v, acc) in acc.iter_mut().enumerate() {
+                    // SAFETY: sums has ROWS rows of PANEL values, and first + V * LANES <= PANEL.
+                    *acc = unsafe { s.load(sums.add(row * PANEL + v * S::LANES)) };
                 }
             }
         }
@@ -441,9 +452,8 @@ fn tile<S: Simd, F: Format, const ROWS: usize>(s: S, t: &Tile<'_>, sums: &mut [f
                 let w =
                     t.w.as_ptr()
                         .add(step * step_bytes + first * F::COLUMN_BYTES);
-                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(PREFETCH).cast());
-                if 2 * S::LANES * F::COLUMN_BYTES > 64 {
-                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(PREFETCH + 64).cast());
+                for line in (0..V * S::LANES * F::COLUMN_BYTES).step_by(64) {
+                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(PREFETCH + line).cast());
                 }
                 F::step(
                     s,
@@ -454,11 +464,9 @@ fn tile<S: Simd, F: Format, const ROWS: usize>(s: S, t: &Tile<'_>, sums: &mut [f
             }
         }
         for (row, acc) in acc.iter().enumerate() {
-            // SAFETY: as above.
-            unsafe {
-                let at = sums.add(row * PANEL);
-                s.store(at, acc[0]);
-                s.store(at.add(S::LANES), acc[1]);
+            for (v, acc) in acc.iter().enumerate() {
+                // SAFETY: as above.
+                unsafe { s.store(sums.add(row * PANEL + v * S::LANES), *acc) };
             }
         }
     }

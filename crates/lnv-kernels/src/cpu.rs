@@ -9,6 +9,7 @@
 
 pub(crate) mod activation;
 pub(crate) mod attention;
+pub(crate) mod eager;
 pub(crate) mod formats;
 pub(crate) mod gemm;
 pub(crate) mod norm;

@@ -42,7 +42,7 @@ fn spin(isa: Isa, dtype: WeightDtype, times: usize) -> usize {
         black_box(spun.sum);
         return spun.operations;
     }
-    let _ = dtype;
+    let _ = (isa, dtype);
     let (mut sums, factors) = ([0.0f32; 32], black_box([0.5f32; 32]));
     for _ in 0..times {
         sums.iter_mut()

@@ -342,7 +342,7 @@ pub(crate) fn paged_attention(
     let mut all = Vec::with_capacity(spans.len());
     for span in spans {
         let mut weights = vec![0.0; heads * span.q_len * span.kv_len];
-        for (index, row) in weights.chunks_exact_mut(span.kv_len).enumerate() {
+        for (index, row) in weights.chunks_exact_mut(span.kv_len.max(1)).enumerate() {
             let (head, i) = (index / span.q_len, index % span.q_len);
             let q = (span.q_start + i) * cols + head * head_dim;
             let visible = visible_keys(span, i, shape.window);

@@ -132,7 +132,12 @@ impl Ops {
         check_attention("paged_attention_eager", qkv, shape.heads, out);
         check_cache("paged_attention_eager", cache, shape.heads, layer);
         check_spans("paged_attention_eager", cache, spans, shape, qkv.rows());
-        reference::paged_attention(qkv, cache.layer(layer), spans, shape, out)
+        let cache = cache.layer(layer);
+        fast!(
+            self,
+            cpu::eager::paged_attention_eager(self.isa, qkv, cache, (spans, shape), out)
+        );
+        reference::paged_attention(qkv, cache, spans, shape, out)
     }
 
     /// Attention, without a mask, of each segment of `len` consecutive rows with itself (a vision

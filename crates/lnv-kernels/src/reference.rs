@@ -1,10 +1,10 @@
 //! The slow twin of every operation: one obvious scalar function each, the oracle of the tests and
 //! the whole of the scalar instruction set.
 //!
-//! Decision: plain loops in the order in which a person would write them down, over the same buffers,
-//! packed weights and cache as the fast kernels; no threads, no `mul_add` (a libm call without FMA).
-//! Only attention differs in kind from its fast twins: whole softmax rows here, blocks there.
-//! Shapes were checked by [`crate::Ops`].
+//! Decision: plain loops in the order in which a person would write them down, over the same
+//! buffers, packed weights and cache as the fast kernels; no threads, no `mul_add` (a libm call
+//! without FMA). Only attention differs in kind from its fast twins: whole softmax rows here,
+//! blocks there. Shapes were checked by [`crate::Ops`].
 
 use half::{bf16, f16};
 

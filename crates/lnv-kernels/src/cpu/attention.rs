@@ -1,13 +1,14 @@
 //! Attention in tiles: some query rows against one block of keys and values after the other.
 //!
 //! Decision: the online softmax, in f32. A tile holds the queries (at most 24 rows) that share a
-//! key/value head: neighbouring positions of a prompt, or the query heads of a group at one position.
-//! Scores are a small matrix product with the transposed key block, outputs one with the value rows.
+//! key/value head: neighbouring positions of a prompt, or the query heads of a group at one
+//! position. Scores are a small matrix product with the transposed key block, outputs one with the
+//! value rows.
 //!
-//! A row goes through blocks of [`KV_BLOCK`] keys counted from the start of its sequence, one maximum,
-//! one sum and one rescaling a block, whoever else is in the tile. A key that the row does not see has
-//! the probability zero exactly, and a block without any visible key changes nothing: the rescaling is
-//! by e⁰ = 1. So a row's bits do not depend on chunking or batching.
+//! A row goes through blocks of [`KV_BLOCK`] keys counted from the start of its sequence, one
+//! maximum, one sum and one rescaling a block, whoever else is in the tile. A key that the row does
+//! not see has the probability zero exactly, and a block without any visible key changes nothing:
+//! the rescaling is by e⁰ = 1. So a row's bits do not depend on chunking or batching.
 
 use std::cell::Cell;
 use std::ops::Range;

@@ -1,9 +1,9 @@
 //! Causal attention with whole softmax rows, which the caller gets too.
 //!
-//! Decision: the scores of a tile of one query head go straight into the returned matrix, are turned
-//! into weights there, and multiply the value blocks from there: three passes and no online softmax,
-//! so the weights are those that made the output. A row's sums run over its own keys in order, so its
-//! bits do not depend on chunking here either.
+//! Decision: the scores of a tile of one query head go straight into the returned matrix, are
+//! turned into weights there, and multiply the value blocks from there: three passes and no online
+//! softmax, so the weights are those that made the output. A row's sums run over its own keys in
+//! order, so its bits do not depend on chunking here either.
 
 use std::cell::Cell;
 use std::ops::Range;

@@ -1,9 +1,9 @@
 //! What a matrix product does with one step of a panel, for each weight format.
 //!
 //! Decision: a step is what the narrowest unit of the packed format holds: one k of f32 and f16, a
-//! pair of k of bf16. Everywhere but in `DotBf16` the weight is widened in registers and multiplied in
-//! f32 with unrounded activations; `DotBf16` rounds the activations to bf16 while packing them, which
-//! is what every bf16 implementation of the model does, and uses the bf16 dot product.
+//! pair of k of bf16. Everywhere but in `DotBf16` the weight is widened in registers and multiplied
+//! in f32 with unrounded activations; `DotBf16` rounds the activations to bf16 while packing them,
+//! which is what every bf16 implementation of the model does, and uses the bf16 dot product.
 
 use crate::cpu::simd::{Kernel, Simd, launch, launch_bf16_dot};
 use crate::isa::Isa;
@@ -22,8 +22,8 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
         launch(isa, kernel);
     }
 
-    /// Packs `x`, part of a row, as `elements` elements: element e goes to `out[e * stride]`. What is
-    /// beyond x (an odd k) becomes zero.
+    /// Packs `x`, part of a row, as `elements` elements: element e goes to `out[e * stride]`. What
+    /// is beyond x (an odd k) becomes zero.
     ///
     /// # Safety
     /// `out[0..=(elements - 1) * stride]` can be written.
@@ -167,8 +167,8 @@ impl Format for DotBf16 {
     ) {
         for (row, acc) in acc.iter_mut().enumerate() {
             for (v, acc) in acc.iter_mut().enumerate() {
-                // SAFETY: the caller's contract: ROWS pairs at a, V registers of pairs at w, and the
-                // processor was asked by launch_bf16_dot.
+                // SAFETY: the caller's contract: ROWS pairs at a, V registers of pairs at w, and
+                // the processor was asked by launch_bf16_dot.
                 *acc = unsafe { s.dot_bf16(*acc, a.add(row), w.add(v * 4 * S::LANES)) };
             }
         }

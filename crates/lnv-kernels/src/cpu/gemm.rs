@@ -1,11 +1,11 @@
 //! Matrix products with packed weights, for one row and for thousands.
 //!
-//! Decision: one loop nest for all sizes. The rows are split evenly into tiles of at most 12 (6 with
-//! AVX2); a tile times a panel of 32 columns has all its sums in registers. Up to one tile of rows,
-//! each panel is read once, from end to end: one sequential stream a thread, at the speed of memory.
-//! Above, k is cut into blocks so that a panel's part (64 KB) and the packed activations of a block of
-//! rows (768 KB) stay in the second-level cache; sums that wait for the next block of k lie in scratch,
-//! tile after tile, and go to the result once, through the epilogue.
+//! Decision: one loop nest for all sizes. The rows are split evenly into tiles of at most 12 (6
+//! with AVX2); a tile times a panel of 32 columns has all its sums in registers. Up to one tile of
+//! rows, each panel is read once, from end to end: one sequential stream a thread, at the speed of
+//! memory. Above, k is cut into blocks so that a panel's part (64 KB) and the packed activations of
+//! a block of rows (768 KB) stay in the second-level cache; sums that wait for the next block of k
+//! lie in scratch, tile after tile, and go to the result once, through the epilogue.
 //!
 //! Every sum is one ascending chain over k, continued from block to block, in whatever tile the row
 //! happens to be: the row's bits depend on nothing else.
@@ -26,7 +26,8 @@ use crate::isa::Isa;
 use crate::ops::Epilogue;
 use crate::weight::{PANEL, Panels, Weight, WeightDtype};
 
-/// Bytes of a panel between two changes of tile: half the second-level cache stays for nothing else.
+/// Bytes of a panel between two changes of tile: half the second-level cache stays for nothing
+/// else.
 const PANEL_BLOCK: usize = 64 << 10;
 /// Bytes of packed activations that stay in the second-level cache.
 const ROWS_BLOCK: usize = 768 << 10;
@@ -239,8 +240,8 @@ impl Plan {
             .map(move |start| start..steps.min(start + block))
     }
 
-    /// Where a tile's packed elements of a block of k start: blocks of rows, in them blocks of k, in
-    /// them tiles, in them steps, in them the tile's rows side by side.
+    /// Where a tile's packed elements of a block of k start: blocks of rows, in them blocks of k,
+    /// in them tiles, in them steps, in them the tile's rows side by side.
     fn packed_at(&self, block: &Range<usize>, first_row: usize, steps: &Range<usize>) -> usize {
         let before = block.start * self.steps + block.len() * steps.start;
         (before + (first_row - block.start) * steps.len()) * self.a_per_step
@@ -283,8 +284,8 @@ impl<F: Format> Kernel for Pack<'_, F> {
             let elements = steps.len() * F::A_PER_STEP;
             for row in rows.clone() {
                 let values = &x[row * plan.k..][columns.clone()];
-                // SAFETY: the tile's elements of this block of k are at..at + elements * rows, which
-                // is inside packed_len and no other tile's.
+                // SAFETY: the tile's elements of this block of k are at..at + elements * rows,
+                // which is inside packed_len and no other tile's.
                 unsafe {
                     F::pack_row(
                         values,

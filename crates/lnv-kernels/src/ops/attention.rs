@@ -32,9 +32,10 @@ pub struct AttentionShape {
 }
 
 impl Ops {
-    /// Rotates the q and k parts of qkv in place (half-split form), then writes k and v to the cache.
-    /// qkv `[t, (heads + 2 kv_heads) * head_dim]`: q | k | v; cos_sin `[t, head_dim]`: the cosines of
-    /// `head_dim / 2` angles, then their sines, attention scaling included; one slot per row.
+    /// Rotates the q and k parts of qkv in place (half-split form), then writes k and v to the
+    /// cache. qkv `[t, (heads + 2 kv_heads) * head_dim]`: q | k | v; cos_sin `[t, head_dim]`: the
+    /// cosines of `head_dim / 2` angles, then their sines, attention scaling included; one slot per
+    /// row.
     ///
     /// # Panics
     /// The shapes do not fit, or a slot or the layer does not exist.
@@ -191,7 +192,7 @@ fn check_cache(op: &str, cache: &KvCache, heads: Heads, layer: usize) {
     let (found, layers) = (cache.heads(), cache.layers());
     assert!(
         (found.kv_heads, found.head_dim) == (heads.kv_heads, heads.head_dim) && layer < layers,
-        "{op}: layer {layer} and {heads:?} of a cache of {layers} layers and {found:?}. This is a bug."
+        "{op}: layer {layer} of {layers}, {heads:?} with a cache for {found:?}. This is a bug."
     );
 }
 

@@ -1,9 +1,9 @@
 //! The speed of each kernel at the 7B model's shapes, as a share of what the machine can do.
 //!
-//! `cargo run --release -p lnv-kernels --example kernels [filter]`; `LNV_ISA` and `LNV_THREADS` apply.
-//! Best of several runs, against probes of the same minute: on a shared machine only ratios of figures
-//! of one run mean something. Products and attention also tell what they would reach undisturbed, by
-//! the processor time that they took (Linux).
+//! `cargo run --release -p lnv-kernels --example kernels [filter]`; `LNV_ISA` and `LNV_THREADS`
+//! apply. Best of several runs, against probes of the same minute: on a shared machine only ratios
+//! of figures of one run mean something. Products and attention also tell what they would reach
+//! undisturbed, by the processor time that they took (Linux).
 
 use std::time::Instant;
 
@@ -223,7 +223,8 @@ impl Bench {
         let alone = operations as f64 / (time.cpu / self.ops.threads() as f64) / 1e9;
         let gbs = bytes as f64 / time.wall / 1e9;
         println!(
-            "{name:34} {:9.3} ms {gflops:6.1} GFLOP/s {:3.0} % ({alone:6.1} alone: {:3.0} %) of {peak:.0}, \
+            "{name:34} {:9.3} ms {gflops:6.1} GFLOP/s {:3.0} % ({alone:6.1} alone: {:3.0} %) \
+             of {peak:.0}, \
              {gbs:5.1} GB/s {:3.0} %",
             time.wall * 1e3,
             100.0 * gflops / peak,

@@ -9,8 +9,8 @@ use std::fmt;
 
 /// Zeroed values that start on a 64-byte boundary (one cache line, one AVX-512 register).
 ///
-/// The vector is over-allocated and the start found inside it: allocation stays safe code, and large
-/// zeroed ones come from the system lazily (`calloc`), page by page as they are touched.
+/// The vector is over-allocated and the start found inside it: allocation stays safe code, and
+/// large zeroed ones come from the system lazily (`calloc`), page by page as they are touched.
 pub(crate) struct Aligned<T> {
     raw: Vec<T>,
     start: usize,

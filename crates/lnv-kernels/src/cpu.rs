@@ -1,14 +1,15 @@
 //! The fast kernels of x86-64.
 //!
-//! Decision: kernels are written once over [`simd::Simd`], a register of f32 lanes, and compiled for
-//! each instruction set; only the inner step of a matrix product, which knows the weight's format, is
-//! written per instruction set (`formats`). A value of a `Simd` type is the proof that the processor
-//! has it, so register arithmetic is safe code and `unsafe` is left for raw memory.
+//! Decision: kernels are written once over [`simd::Simd`], a register of f32 lanes, and compiled
+//! for each instruction set; only the inner step of a matrix product, which knows the weight's
+//! format, is written per instruction set (`formats`). A value of a `Simd` type is the proof that
+//! the processor has it, so register arithmetic is safe code and `unsafe` is left for raw memory.
 
 #![allow(unsafe_code)]
 
 pub(crate) mod activation;
 pub(crate) mod attention;
+pub(crate) mod eager;
 pub(crate) mod formats;
 pub(crate) mod gemm;
 pub(crate) mod norm;
@@ -35,4 +36,19 @@ fn each_row(out: &mut [f32], cols: usize, work: impl Fn(usize, &mut [f32]) + Sen
             .enumerate()
             .for_each(|(index, row)| work(index, row));
     }
+}
+
+/// The sum of the values, fetched ahead of the additions as a product fetches a weight.
+pub(crate) fn sum_ahead(values: &[u64]) -> u64 {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+
+    let mut sum = 0u64;
+    for line in values.chunks(8) {
+        // SAFETY: a prefetch of any address is harmless.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(1024).cast()) };
+        for value in line {
+            sum = sum.wrapping_add(*value);
+        }
+    }
+    sum
 }

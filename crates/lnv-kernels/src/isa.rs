@@ -1,8 +1,9 @@
 //! Which instructions run, and on which device.
 //!
-//! Decision: the instruction set is chosen once, at run time, from what the processor reports, so one
-//! binary serves every x86-64 machine. `LNV_ISA` forces a lower one: to test it, or to reproduce the
-//! bits of another machine. Asking for more than the machine has is an error, never a silent downgrade.
+//! Decision: the instruction set is chosen once, at run time, from what the processor reports, so
+//! one binary serves every x86-64 machine. `LNV_ISA` forces a lower one: to test it, or to
+//! reproduce the bits of another machine. Asking for more than the machine has is an error, never a
+//! silent downgrade.
 
 use std::fmt;
 use std::str::FromStr;

@@ -1,11 +1,11 @@
 //! The paged key/value cache.
 //!
 //! Decision: blocks of [`KV_BLOCK`] tokens, for each layer and key/value head one block of keys and
-//! one of values side by side in memory. Keys are transposed, `[head_dim][KV_BLOCK]`, so that a score
-//! is a broadcast of a query's value times 64 neighbouring keys; values lie as rows,
-//! `[KV_BLOCK][head_dim]`, so that an output is a broadcast of a probability times a row. Both reach
-//! the speed of a matrix product with no shuffling. The memory is zeroed lazily: a cache planned for a
-//! long context costs what is written of it.
+//! one of values side by side in memory. Keys are transposed, `[head_dim][KV_BLOCK]`, so that a
+//! score is a broadcast of a query's value times 64 neighbouring keys; values lie as rows,
+//! `[KV_BLOCK][head_dim]`, so that an output is a broadcast of a probability times a row. Both
+//! reach the speed of a matrix product with no shuffling. The memory is zeroed lazily: a cache
+//! planned for a long context costs what is written of it.
 //!
 //! Refused: knowing which block belongs to which sequence. The caller keeps the block tables.
 

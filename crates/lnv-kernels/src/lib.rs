@@ -3,20 +3,20 @@
 //!
 //! Decision: the project exists to run one model family fast, so this is no tensor library. An
 //! operation takes row-major matrices of f32 ([`Buffer`]), packed weights ([`Weight`]) or the paged
-//! key/value cache ([`KvCache`]), checks the shapes (a mismatch is a bug of the caller: it panics and
-//! says so), and runs the kernel of the instruction set chosen when the [`Ops`] was made ([`Isa`]).
-//! Every operation has a slow, obvious twin in `reference.rs`: the scalar instruction set *is* those
-//! functions, and the tests hold every other one against them.
+//! key/value cache ([`KvCache`]), checks the shapes (a mismatch is a bug of the caller: it panics
+//! and says so), and runs the kernel of the instruction set chosen when the [`Ops`] was made
+//! ([`Isa`]). Every operation has a slow, obvious twin in `reference.rs`: the scalar instruction
+//! set *is* those functions, and the tests hold every other one against them.
 //!
 //! Guarantee: for one instruction set and number format, a row of a result has the same bits
-//! whatever the other rows of the call, the chunking of a prompt or the batch. Matrix products reduce
-//! in one ascending chain over k; attention goes through blocks of [`KV_BLOCK`] keys counted from the
-//! start of the sequence.
+//! whatever the other rows of the call, the chunking of a prompt or the batch. Matrix products
+//! reduce in one ascending chain over k; attention goes through blocks of [`KV_BLOCK`] keys counted
+//! from the start of the sequence.
 //!
 //! Refused here: knowing an image, a tokenizer or a model's name; strides, broadcasting, autograd.
 //!
-//! `unsafe` exists only in this crate: in `cpu` (SIMD) and in the few places that hand disjoint parts
-//! of one buffer to several threads.
+//! `unsafe` exists only in this crate: in `cpu` (SIMD) and in the few places that hand disjoint
+//! parts of one buffer to several threads.
 
 #![deny(unsafe_op_in_unsafe_fn)]
 

@@ -1,8 +1,8 @@
 //! The operations: the crate's public face.
 //!
 //! Decision: each public function checks its shapes and then dispatches on the instruction set that
-//! was chosen when the [`Ops`] was made. Nothing is allocated in proportion to the input: kernels work
-//! in scratch that each thread keeps. All threads are rayon's global pool.
+//! was chosen when the [`Ops`] was made. Nothing is allocated in proportion to the input: kernels
+//! work in scratch that each thread keeps. All threads are rayon's global pool.
 
 /// Returns the fast form, unless the instruction set is scalar; what follows is the slow form.
 macro_rules! fast {
@@ -53,7 +53,8 @@ pub struct Ops {
 }
 
 impl Ops {
-    /// The operations of a device, with the fastest instruction set or the one that `LNV_ISA` names.
+    /// The operations of a device, with the fastest instruction set or the one that `LNV_ISA`
+    /// names.
     ///
     /// # Errors
     /// The program was built without the device, or `LNV_ISA` cannot be honoured.
@@ -148,8 +149,8 @@ impl Ops {
     }
 }
 
-/// Sizes rayon's global pool: `LNV_THREADS`, else what the cgroup and the affinity mask allow. If the
-/// program has made a pool already, that one stays.
+/// Sizes rayon's global pool: `LNV_THREADS`, else what the cgroup and the affinity mask allow. If
+/// the program has made a pool already, that one stays.
 fn start_threads() {
     static STARTED: Once = Once::new();
     STARTED.call_once(|| {

@@ -17,7 +17,8 @@ use crate::weight::WeightDtype;
 const TRIES: usize = 60;
 
 /// The arithmetic peak of all threads for this weight format, in GFLOP/s (a multiplication and an
-/// addition are two): the matrix product's own register tile over operands in the first-level cache.
+/// addition are two): the matrix product's own register tile over operands in the first-level
+/// cache.
 ///
 /// # Panics
 /// The processor lacks the instruction set.
@@ -42,7 +43,7 @@ fn spin(isa: Isa, dtype: WeightDtype, times: usize) -> usize {
         black_box(spun.sum);
         return spun.operations;
     }
-    let _ = dtype;
+    let _ = (isa, dtype);
     let (mut sums, factors) = ([0.0f32; 32], black_box([0.5f32; 32]));
     for _ in 0..times {
         sums.iter_mut()
@@ -53,14 +54,13 @@ fn spin(isa: Isa, dtype: WeightDtype, times: usize) -> usize {
     2 * sums.len() * times
 }
 
-/// The bandwidth at which all threads together read memory, in GB/s (10⁹ bytes). Goes through 1 GiB in
-/// parts of 64 MiB: by the time a part comes round again, no cache holds it.
+/// The bandwidth at which all threads together read memory, in GB/s (10⁹ bytes). Goes through 1 GiB
+/// in parts of 64 MiB: by the time a part comes round again, no cache holds it.
 pub fn read_bandwidth_gbs() -> f64 {
     let mut data = Aligned::<u64>::zeroed(1 << 27);
     data.as_mut_slice().fill(1); // pages that were only read are one and the same
     let threads = rayon::current_num_threads();
     let mut parts = data.as_slice().chunks(1 << 23).cycle();
-    let sum = |part: &[u64]| part.iter().fold(0u64, |sum, v| sum.wrapping_add(*v));
     let seconds = best(|| {
         let part = parts.next().unwrap_or_default();
         let streams = part
@@ -78,4 +78,14 @@ fn best(mut run: impl FnMut()) -> f64 {
         start.elapsed().as_secs_f64()
     };
     (0..TRIES).map(time).fold(f64::INFINITY, f64::min)
+}
+
+#[cfg(target_arch = "x86_64")]
+fn sum(part: &[u64]) -> u64 {
+    crate::cpu::sum_ahead(part)
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn sum(part: &[u64]) -> u64 {
+    part.iter().fold(0, |sum, value| sum.wrapping_add(*value))
 }

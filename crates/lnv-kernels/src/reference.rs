@@ -1,10 +1,10 @@
 //! The slow twin of every operation: one obvious scalar function each, the oracle of the tests and
 //! the whole of the scalar instruction set.
 //!
-//! Decision: plain loops in the order in which a person would write them down, over the same buffers,
-//! packed weights and cache as the fast kernels; no threads, no `mul_add` (a libm call without FMA).
-//! Only attention differs in kind from its fast twins: whole softmax rows here, blocks there.
-//! Shapes were checked by [`crate::Ops`].
+//! Decision: plain loops in the order in which a person would write them down, over the same
+//! buffers, packed weights and cache as the fast kernels; no threads, no `mul_add` (a libm call
+//! without FMA). Only attention differs in kind from its fast twins: whole softmax rows here,
+//! blocks there. Shapes were checked by [`crate::Ops`].
 
 use half::{bf16, f16};
 
@@ -342,7 +342,7 @@ pub(crate) fn paged_attention(
     let mut all = Vec::with_capacity(spans.len());
     for span in spans {
         let mut weights = vec![0.0; heads * span.q_len * span.kv_len];
-        for (index, row) in weights.chunks_exact_mut(span.kv_len).enumerate() {
+        for (index, row) in weights.chunks_exact_mut(span.kv_len.max(1)).enumerate() {
             let (head, i) = (index / span.q_len, index % span.q_len);
             let q = (span.q_start + i) * cols + head * head_dim;
             let visible = visible_keys(span, i, shape.window);

@@ -274,8 +274,8 @@ fn pack_fast(_: &Columns<'_>, _: WeightDtype, _: &mut [u8]) -> usize {
     0
 }
 
-/// Values of k packed at once: enough of each row for the memory's prefetcher, and a panel's part of
-/// them stays in the nearest caches.
+/// Values of k packed at once: enough of each row for the memory's prefetcher, and a panel's part
+/// of them stays in the nearest caches.
 const K_BLOCK: usize = 128;
 
 type PackPanel<T> = fn(&Columns<'_>, Range<usize>, &mut [T]);

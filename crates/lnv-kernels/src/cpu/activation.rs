@@ -1,7 +1,8 @@
 //! Activation functions on registers, and the gated product.
 //!
-//! Decision: all of them through one vector exp. The error function is Abramowitz and Stegun's 7.1.26
-//! (absolute error 1.5e-7), used as erfc of |x| so that the negative tail keeps its relative accuracy.
+//! Decision: all of them through one vector exp. The error function is Abramowitz and Stegun's
+//! 7.1.26 (absolute error 1.5e-7), used as erfc of |x| so that the negative tail keeps its relative
+//! accuracy.
 
 use crate::buffer::Buffer;
 use crate::cpu::each_row;

@@ -1,13 +1,14 @@
 //! Attention in tiles: some query rows against one block of keys and values after the other.
 //!
 //! Decision: the online softmax, in f32. A tile holds the queries (at most 24 rows) that share a
-//! key/value head: neighbouring positions of a prompt, or the query heads of a group at one position.
-//! Scores are a small matrix product with the transposed key block, outputs one with the value rows.
+//! key/value head: neighbouring positions of a prompt, or the query heads of a group at one
+//! position. Scores are a small matrix product with the transposed key block, outputs one with the
+//! value rows.
 //!
-//! A row goes through blocks of [`KV_BLOCK`] keys counted from the start of its sequence, one maximum,
-//! one sum and one rescaling a block, whoever else is in the tile. A key that the row does not see has
-//! the probability zero exactly, and a block without any visible key changes nothing: the rescaling is
-//! by e⁰ = 1. So a row's bits do not depend on chunking or batching.
+//! A row goes through blocks of [`KV_BLOCK`] keys counted from the start of its sequence, one
+//! maximum, one sum and one rescaling a block, whoever else is in the tile. A key that the row does
+//! not see has the probability zero exactly, and a block without any visible key changes nothing:
+//! the rescaling is by e⁰ = 1. So a row's bits do not depend on chunking or batching.
 
 use std::cell::Cell;
 use std::ops::Range;
@@ -301,7 +302,8 @@ impl<B: Blocks> Kernel for Attend<'_, B> {
         let queries = &self.rows.queries;
         let start = self.rows.mask.visible(queries.start).start;
         let end = self.rows.mask.visible(queries.end - 1).end;
-        for block in start / KV_BLOCK..end.div_ceil(KV_BLOCK) {
+        let last = (end - 1) / KV_BLOCK;
+        for block in start / KV_BLOCK..=last {
             let keys = KV_BLOCK.min(end - block * KV_BLOCK);
             let scores = Small {
                 a: self.tile.q,
@@ -310,6 +312,7 @@ impl<B: Blocks> Kernel for Attend<'_, B> {
                 b_stride: KV_BLOCK,
                 depth: d,
                 cols: KV_BLOCK,
+                next: self.blocks.values(block),
             };
             small_product(s, &scores, count, None, self.tile.scores);
             self.softmax(s, block * KV_BLOCK);
@@ -320,6 +323,11 @@ impl<B: Blocks> Kernel for Attend<'_, B> {
                 b_stride: d,
                 depth: keys,
                 cols: d,
+                next: if block < last {
+                    self.blocks.keys(block + 1)
+                } else {
+                    &[]
+                },
             };
             small_product(s, &outputs, count, Some(self.tile.rescale), self.tile.o);
         }

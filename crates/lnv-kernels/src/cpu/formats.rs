@@ -1,9 +1,9 @@
 //! What a matrix product does with one step of a panel, for each weight format.
 //!
 //! Decision: a step is what the narrowest unit of the packed format holds: one k of f32 and f16, a
-//! pair of k of bf16. Everywhere but in `DotBf16` the weight is widened in registers and multiplied in
-//! f32 with unrounded activations; `DotBf16` rounds the activations to bf16 while packing them, which
-//! is what every bf16 implementation of the model does, and uses the bf16 dot product.
+//! pair of k of bf16. Everywhere but in `DotBf16` the weight is widened in registers and multiplied
+//! in f32 with unrounded activations; `DotBf16` rounds the activations to bf16 while packing them,
+//! which is what every bf16 implementation of the model does, and uses the bf16 dot product.
 
 use crate::cpu::simd::{Kernel, Simd, launch, launch_bf16_dot};
 use crate::isa::Isa;
@@ -22,8 +22,8 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
         launch(isa, kernel);
     }
 
-    /// Packs `x`, part of a row, as `elements` elements: element e goes to `out[e * stride]`. What is
-    /// beyond x (an odd k) becomes zero.
+    /// Packs `x`, part of a row, as `elements` elements: element e goes to `out[e * stride]`. What
+    /// is beyond x (an odd k) becomes zero.
     ///
     /// # Safety
     /// `out[0..=(elements - 1) * stride]` can be written.
@@ -36,15 +36,15 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
         }
     }
 
-    /// Adds the products of one step: `ROWS` packed activation rows at `a` times two registers of
+    /// Adds the products of one step: `ROWS` packed activation rows at `a` times V registers of
     /// columns at `w`.
     ///
     /// # Safety
-    /// `ROWS * A_PER_STEP` elements can be read at `a` and `2 * LANES * COLUMN_BYTES` bytes at `w`;
+    /// `ROWS * A_PER_STEP` elements can be read at `a` and `V * LANES * COLUMN_BYTES` bytes at `w`;
     /// `DotBf16` only inside [`Format::launch`].
-    unsafe fn step<S: Simd, const ROWS: usize>(
+    unsafe fn step<S: Simd, const ROWS: usize, const V: usize>(
         s: S,
-        acc: &mut [[S::F; 2]; ROWS],
+        acc: &mut [[S::F; V]; ROWS],
         a: *const u32,
         w: *const u8,
     );
@@ -60,16 +60,19 @@ impl Format for WideF32 {
     const A_PER_STEP: usize = 1;
 
     #[inline(always)]
-    unsafe fn step<S: Simd, const ROWS: usize>(
+    unsafe fn step<S: Simd, const ROWS: usize, const V: usize>(
         s: S,
-        acc: &mut [[S::F; 2]; ROWS],
+        acc: &mut [[S::F; V]; ROWS],
         a: *const u32,
         w: *const u8,
     ) {
-        // SAFETY: the caller's contract: two registers of f32 at w.
-        let w = unsafe { [s.load(w.cast()), s.load(w.cast::<f32>().add(S::LANES))] };
+        let mut columns = [s.splat(0.0); V];
+        for (v, columns) in columns.iter_mut().enumerate() {
+            // SAFETY: the caller's contract: V registers of f32 at w.
+            *columns = unsafe { s.load(w.cast::<f32>().add(v * S::LANES)) };
+        }
         // SAFETY: the caller's contract: ROWS elements at a.
-        unsafe { multiply(s, acc, a, w) };
+        unsafe { multiply(s, acc, a, columns) };
     }
 }
 
@@ -83,16 +86,19 @@ impl Format for WideF16 {
     const A_PER_STEP: usize = 1;
 
     #[inline(always)]
-    unsafe fn step<S: Simd, const ROWS: usize>(
+    unsafe fn step<S: Simd, const ROWS: usize, const V: usize>(
         s: S,
-        acc: &mut [[S::F; 2]; ROWS],
+        acc: &mut [[S::F; V]; ROWS],
         a: *const u32,
         w: *const u8,
     ) {
-        // SAFETY: the caller's contract: two registers' worth of f16 at w.
-        let w = unsafe { [s.load_f16(w), s.load_f16(w.add(2 * S::LANES))] };
+        let mut columns = [s.splat(0.0); V];
+        for (v, columns) in columns.iter_mut().enumerate() {
+            // SAFETY: the caller's contract: V registers' worth of f16 at w.
+            *columns = unsafe { s.load_f16(w.add(v * 2 * S::LANES)) };
+        }
         // SAFETY: the caller's contract: ROWS elements at a.
-        unsafe { multiply(s, acc, a, w) };
+        unsafe { multiply(s, acc, a, columns) };
     }
 }
 
@@ -106,18 +112,21 @@ impl Format for WideBf16 {
     const A_PER_STEP: usize = 2;
 
     #[inline(always)]
-    unsafe fn step<S: Simd, const ROWS: usize>(
+    unsafe fn step<S: Simd, const ROWS: usize, const V: usize>(
         s: S,
-        acc: &mut [[S::F; 2]; ROWS],
+        acc: &mut [[S::F; V]; ROWS],
         a: *const u32,
         w: *const u8,
     ) {
-        // SAFETY: the caller's contract: two registers of pairs at w.
-        let pairs = unsafe { [s.load_bf16_pairs(w), s.load_bf16_pairs(w.add(4 * S::LANES))] };
+        let (mut first, mut second) = ([s.splat(0.0); V], [s.splat(0.0); V]);
+        for (v, (first, second)) in first.iter_mut().zip(&mut second).enumerate() {
+            // SAFETY: the caller's contract: V registers of pairs at w.
+            (*first, *second) = unsafe { s.load_bf16_pairs(w.add(v * 4 * S::LANES)) };
+        }
         // SAFETY: the caller's contract: ROWS first values at a, then ROWS second ones.
         unsafe {
-            multiply(s, acc, a, [pairs[0].0, pairs[1].0]);
-            multiply(s, acc, a.add(ROWS), [pairs[0].1, pairs[1].1]);
+            multiply(s, acc, a, first);
+            multiply(s, acc, a.add(ROWS), second);
         }
     }
 }
@@ -150,18 +159,17 @@ impl Format for DotBf16 {
     }
 
     #[inline(always)]
-    unsafe fn step<S: Simd, const ROWS: usize>(
+    unsafe fn step<S: Simd, const ROWS: usize, const V: usize>(
         s: S,
-        acc: &mut [[S::F; 2]; ROWS],
+        acc: &mut [[S::F; V]; ROWS],
         a: *const u32,
         w: *const u8,
     ) {
         for (row, acc) in acc.iter_mut().enumerate() {
-            // SAFETY: the caller's contract: ROWS pairs at a, two registers of pairs at w, and the
-            // processor was asked by launch_bf16_dot.
-            unsafe {
-                acc[0] = s.dot_bf16(acc[0], a.add(row), w);
-                acc[1] = s.dot_bf16(acc[1], a.add(row), w.add(4 * S::LANES));
+            for (v, acc) in acc.iter_mut().enumerate() {
+                // SAFETY: the caller's contract: ROWS pairs at a, V registers of pairs at w, and
+                // the processor was asked by launch_bf16_dot.
+                *acc = unsafe { s.dot_bf16(*acc, a.add(row), w.add(v * 4 * S::LANES)) };
             }
         }
     }
@@ -185,17 +193,18 @@ fn round_bf16(x: f32) -> u32 {
 /// # Safety
 /// `ROWS` values can be read at `a`.
 #[inline(always)]
-unsafe fn multiply<S: Simd, const ROWS: usize>(
+unsafe fn multiply<S: Simd, const ROWS: usize, const V: usize>(
     s: S,
-    acc: &mut [[S::F; 2]; ROWS],
+    acc: &mut [[S::F; V]; ROWS],
     a: *const u32,
-    w: [S::F; 2],
+    w: [S::F; V],
 ) {
     for (row, acc) in acc.iter_mut().enumerate() {
         // SAFETY: row < ROWS.
         let a = s.splat(f32::from_bits(unsafe { *a.add(row) }));
-        acc[0] = s.fma(a, w[0], acc[0]);
-        acc[1] = s.fma(a, w[1], acc[1]);
+        for (acc, w) in acc.iter_mut().zip(w) {
+            *acc = s.fma(a, w, *acc);
+        }
     }
 }
 

@@ -1,11 +1,11 @@
 //! Matrix products with packed weights, for one row and for thousands.
 //!
-//! Decision: one loop nest for all sizes. The rows are split evenly into tiles of at most 12 (6 with
-//! AVX2); a tile times a panel of 32 columns has all its sums in registers. Up to one tile of rows,
-//! each panel is read once, from end to end: one sequential stream a thread, at the speed of memory.
-//! Above, k is cut into blocks so that a panel's part (64 KB) and the packed activations of a block of
-//! rows (768 KB) stay in the second-level cache; sums that wait for the next block of k lie in scratch,
-//! tile after tile, and go to the result once, through the epilogue.
+//! Decision: one loop nest for all sizes. The rows are split evenly into tiles of at most 12 (6
+//! with AVX2); a tile times a panel of 32 columns has all its sums in registers. Up to one tile of
+//! rows, each panel is read once, from end to end: one sequential stream a thread, at the speed of
+//! memory. Above, k is cut into blocks so that a panel's part (64 KB) and the packed activations of
+//! a block of rows (768 KB) stay in the second-level cache; sums that wait for the next block of k
+//! lie in scratch, tile after tile, and go to the result once, through the epilogue.
 //!
 //! Every sum is one ascending chain over k, continued from block to block, in whatever tile the row
 //! happens to be: the row's bits depend on nothing else.
@@ -26,14 +26,15 @@ use crate::isa::Isa;
 use crate::ops::Epilogue;
 use crate::weight::{PANEL, Panels, Weight, WeightDtype};
 
-/// Bytes of a panel between two changes of tile: half the second-level cache stays for nothing else.
+/// Bytes of a panel between two changes of tile: half the second-level cache stays for nothing
+/// else.
 const PANEL_BLOCK: usize = 64 << 10;
 /// Bytes of packed activations that stay in the second-level cache.
 const ROWS_BLOCK: usize = 768 << 10;
 /// Panels whose waiting sums a task keeps.
 const PANEL_GROUP: usize = 16;
 /// How far ahead of the arithmetic a panel is fetched, in bytes.
-const PREFETCH: usize = 4 << 10;
+const PREFETCH: usize = 8 << 10;
 /// Multiplications below which waking other threads costs more than it brings.
 const SERIAL: usize = 1 << 16;
 
@@ -239,8 +240,8 @@ impl Plan {
             .map(move |start| start..steps.min(start + block))
     }
 
-    /// Where a tile's packed elements of a block of k start: blocks of rows, in them blocks of k, in
-    /// them tiles, in them steps, in them the tile's rows side by side.
+    /// Where a tile's packed elements of a block of k start: blocks of rows, in them blocks of k,
+    /// in them tiles, in them steps, in them the tile's rows side by side.
     fn packed_at(&self, block: &Range<usize>, first_row: usize, steps: &Range<usize>) -> usize {
         let before = block.start * self.steps + block.len() * steps.start;
         (before + (first_row - block.start) * steps.len()) * self.a_per_step
@@ -283,8 +284,8 @@ impl<F: Format> Kernel for Pack<'_, F> {
             let elements = steps.len() * F::A_PER_STEP;
             for row in rows.clone() {
                 let values = &x[row * plan.k..][columns.clone()];
-                // SAFETY: the tile's elements of this block of k are at..at + elements * rows, which
-                // is inside packed_len and no other tile's.
+                // SAFETY: the tile's elements of this block of k are at..at + elements * rows,
+                // which is inside packed_len and no other tile's.
                 unsafe {
                     F::pack_row(
                         values,
@@ -400,38 +401,49 @@ struct Tile<'a> {
 /// The tile's sums, new or continued, to `sums` (`[rows, PANEL]`).
 #[inline(always)]
 fn any_tile<S: Simd, F: Format>(s: S, t: &Tile<'_>, sums: &mut [f32], more: bool) {
-    match sums.len() / PANEL {
-        1 => tile::<S, F, 1>(s, t, sums, more),
-        2 => tile::<S, F, 2>(s, t, sums, more),
-        3 => tile::<S, F, 3>(s, t, sums, more),
-        4 => tile::<S, F, 4>(s, t, sums, more),
-        5 => tile::<S, F, 5>(s, t, sums, more),
-        6 => tile::<S, F, 6>(s, t, sums, more),
-        // Compiled away where six rows fill the registers.
-        7 if S::LANES == 16 => tile::<S, F, 7>(s, t, sums, more),
-        8 if S::LANES == 16 => tile::<S, F, 8>(s, t, sums, more),
-        9 if S::LANES == 16 => tile::<S, F, 9>(s, t, sums, more),
-        10 if S::LANES == 16 => tile::<S, F, 10>(s, t, sums, more),
-        11 if S::LANES == 16 => tile::<S, F, 11>(s, t, sums, more),
-        12 if S::LANES == 16 => tile::<S, F, 12>(s, t, sums, more),
-        rows => unreachable!("a tile of {rows} rows"),
+    // With registers of 8, few rows take a whole panel at once, so that it is read once.
+    match (sums.len() / PANEL, S::LANES) {
+        (1, 8) => tile::<S, F, 1, 4>(s, t, sums, more),
+        (2, 8) => tile::<S, F, 2, 4>(s, t, sums, more),
+        (3, 8) => tile::<S, F, 3, 4>(s, t, sums, more),
+        (4, 8) => tile::<S, F, 4, 2>(s, t, sums, more),
+        (5, 8) => tile::<S, F, 5, 2>(s, t, sums, more),
+        (6, 8) => tile::<S, F, 6, 2>(s, t, sums, more),
+        (1, 16) => tile::<S, F, 1, 2>(s, t, sums, more),
+        (2, 16) => tile::<S, F, 2, 2>(s, t, sums, more),
+        (3, 16) => tile::<S, F, 3, 2>(s, t, sums, more),
+        (4, 16) => tile::<S, F, 4, 2>(s, t, sums, more),
+        (5, 16) => tile::<S, F, 5, 2>(s, t, sums, more),
+        (6, 16) => tile::<S, F, 6, 2>(s, t, sums, more),
+        (7, 16) => tile::<S, F, 7, 2>(s, t, sums, more),
+        (8, 16) => tile::<S, F, 8, 2>(s, t, sums, more),
+        (9, 16) => tile::<S, F, 9, 2>(s, t, sums, more),
+        (10, 16) => tile::<S, F, 10, 2>(s, t, sums, more),
+        (11, 16) => tile::<S, F, 11, 2>(s, t, sums, more),
+        (12, 16) => tile::<S, F, 12, 2>(s, t, sums, more),
+        (rows, lanes) => unreachable!("a tile of {rows} rows in registers of {lanes}"),
     }
 }
 
+/// ROWS rows, V registers of columns at a time.
 #[inline(always)]
-fn tile<S: Simd, F: Format, const ROWS: usize>(s: S, t: &Tile<'_>, sums: &mut [f32], more: bool) {
+fn tile<S: Simd, F: Format, const ROWS: usize, const V: usize>(
+    s: S,
+    t: &Tile<'_>,
+    sums: &mut [f32],
+    more: bool,
+) {
     let step_bytes = PANEL * F::COLUMN_BYTES;
     assert!(t.a.len() == t.steps * ROWS * F::A_PER_STEP && t.w.len() == t.steps * step_bytes);
     assert!(sums.len() == ROWS * PANEL);
-    for first in (0..PANEL).step_by(2 * S::LANES) {
-        let mut acc = [[s.splat(0.0); 2]; ROWS];
+    for first in (0..PANEL).step_by(V * S::LANES) {
+        let mut acc = [[s.splat(0.0); V]; ROWS];
         let sums = sums[first..].as_mut_ptr();
         if more {
             for (row, acc) in acc.iter_mut().enumerate() {
-                // SAFETY: sums has ROWS rows of PANEL values, and first + 2 * LANES <= PANEL.
-                unsafe {
-                    let at = sums.add(row * PANEL);
-                    *acc = [s.load(at), s.load(at.add(S::LANES))];
+                for (v, acc) in acc.iter_mut().enumerate() {
+                    // SAFETY: sums has ROWS rows of PANEL values, and first + V * LANES <= PANEL.
+                    *acc = unsafe { s.load(sums.add(row * PANEL + v * S::LANES)) };
                 }
             }
         }
@@ -441,9 +453,8 @@ fn tile<S: Simd, F: Format, const ROWS: usize>(s: S, t: &Tile<'_>, sums: &mut [f
                 let w =
                     t.w.as_ptr()
                         .add(step * step_bytes + first * F::COLUMN_BYTES);
-                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(PREFETCH).cast());
-                if 2 * S::LANES * F::COLUMN_BYTES > 64 {
-                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(PREFETCH + 64).cast());
+                for line in (0..V * S::LANES * F::COLUMN_BYTES).step_by(64) {
+                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(PREFETCH + line).cast());
                 }
                 F::step(
                     s,
@@ -454,11 +465,9 @@ fn tile<S: Simd, F: Format, const ROWS: usize>(s: S, t: &Tile<'_>, sums: &mut [f
             }
         }
         for (row, acc) in acc.iter().enumerate() {
-            // SAFETY: as above.
-            unsafe {
-                let at = sums.add(row * PANEL);
-                s.store(at, acc[0]);
-                s.store(at.add(S::LANES), acc[1]);
+            for (v, acc) in acc.iter().enumerate() {
+                // SAFETY: as above.
+                unsafe { s.store(sums.add(row * PANEL + v * S::LANES), *acc) };
             }
         }
     }

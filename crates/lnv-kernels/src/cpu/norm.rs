@@ -1,8 +1,8 @@
 //! The norms, one row at a time.
 //!
-//! Decision: four running sums, combined in a fixed order, in f32: a row's result does not depend on
-//! the others. The mean is subtracted before squaring (two passes over a row that is in the cache), as
-//! the one-pass formula cancels.
+//! Decision: four running sums, combined in a fixed order, in f32: a row's result does not depend
+//! on the others. The mean is subtracted before squaring (two passes over a row that is in the
+//! cache), as the one-pass formula cancels.
 
 use crate::buffer::{Buffer, Vector};
 use crate::cpu::each_row;

@@ -1,9 +1,10 @@
 //! Packing of weights whose values need no arithmetic: a transposition of 32-bit units.
 //!
 //! Decision: 16 x 16 units at a time in AVX-512 registers, written past the caches. Packing reads
-//! every weight once while a model loads, so it is bound by memory, and scalar code reaches a quarter
-//! of that (2.6 against 11 GB/s a thread on Zen 4). Units are f32, pairs of bf16, or bf16 widened on
-//! the way. Everything else, and what is left of k, stays with the scalar code of `weight.rs`.
+//! every weight once while a model loads, so it is bound by memory, and scalar code reaches a
+//! quarter of that (2.6 against 11 GB/s a thread on Zen 4). Units are f32, pairs of bf16, or bf16
+//! widened on the way. Everything else, and what is left of k, stays with the scalar code of
+//! `weight.rs`.
 
 use std::arch::x86_64::*;
 
@@ -13,8 +14,9 @@ use crate::weight::PANEL;
 /// Values in a register, and rows and columns of a transposition.
 const UNITS: usize = 16;
 
-/// Packs rows of 32-bit units (f32, or pairs of bf16), as far as whole registers go; returns how many
-/// units of each row. The rows have the same length; unit u of row r goes to `panel[u * PANEL + r]`.
+/// Packs rows of 32-bit units (f32, or pairs of bf16), as far as whole registers go; returns how
+/// many units of each row. The rows have the same length; unit u of row r goes to `panel[u * PANEL
+/// + r]`.
 pub(crate) fn pack_units(rows: &[&[u8]; PANEL], panel: &mut [u8]) -> usize {
     pack::<false>(rows, panel)
 }
@@ -51,7 +53,8 @@ fn pack_avx512<const WIDEN: bool>(rows: &[&[u8]; PANEL], units: usize, panel: &m
             transpose(&mut block);
             for (unit, register) in block.into_iter().enumerate() {
                 let at = ((first + unit) * PANEL + half) * 4;
-                // SAFETY: inside the panel, and aligned: the panel is, and `at` is a multiple of 64.
+                // SAFETY: inside the panel, and aligned: the panel is, and `at` is a multiple of
+                // 64.
                 unsafe { _mm512_stream_si512(panel.as_mut_ptr().add(at).cast(), register) };
             }
         }

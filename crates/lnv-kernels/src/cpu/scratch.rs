@@ -1,9 +1,10 @@
 //! Memory that a kernel needs while it runs.
 //!
 //! Decision: each thread keeps one piece per kind and type, grown to the largest size it was asked
-//! for, so that a step allocates nothing once it has run. It is taken out of its place while in use:
-//! a thread that waits inside one operation may be given a part of another, which then finds the place
-//! empty and makes a piece of its own. Contents are unspecified: every kernel writes before it reads.
+//! for, so that a step allocates nothing once it has run. It is taken out of its place while in
+//! use: a thread that waits inside one operation may be given a part of another, which then finds
+//! the place empty and makes a piece of its own. Contents are unspecified: every kernel writes
+//! before it reads.
 
 use std::cell::Cell;
 use std::thread::LocalKey;

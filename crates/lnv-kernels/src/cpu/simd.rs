@@ -117,11 +117,12 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `4 * LANES` bytes can be read from `p`.
     unsafe fn load_bf16_pairs(self, p: *const u8) -> (Self::F, Self::F);
-    /// `acc + a[0] * w[0] + a[1] * w[1]` for the pair of bf16 at `a` and a register of pairs at `w`.
+    /// `acc + a[0] * w[0] + a[1] * w[1]` for the pair of bf16 at `a` and a register of pairs at
+    /// `w`.
     ///
     /// # Safety
-    /// The processor has the bf16 dot product, the token is [`Avx512`], and the pair and `4 * LANES`
-    /// bytes can be read.
+    /// The processor has the bf16 dot product, the token is [`Avx512`], and the pair and `4 *
+    /// LANES` bytes can be read.
     unsafe fn dot_bf16(self, acc: Self::F, a: *const u32, w: *const u8) -> Self::F;
 
     /// `e^x`, relative error below 2e-7; exactly 1 for 0, exactly 0 below -87.3, huge but finite

@@ -3,6 +3,8 @@
 //! Decision: six rows times four registers of columns (two with AVX2) have their sums in registers;
 //! rows are split evenly. Each sum is one ascending chain, whatever the tile.
 
+use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+
 use crate::cpu::simd::Simd;
 
 /// `a` `[rows, depth]` times `b` `[depth, cols]`, each row at its stride.
@@ -13,6 +15,8 @@ pub(crate) struct Small<'a> {
     pub(crate) b_stride: usize,
     pub(crate) depth: usize,
     pub(crate) cols: usize,
+    /// What is read next: fetched while the first rows are multiplied.
+    pub(crate) next: &'a [f32],
 }
 
 /// Rows whose sums are in registers at once.
@@ -33,8 +37,10 @@ pub(crate) fn small_product<S: Simd>(
     let groups = rows.div_ceil(ROWS);
     for group in 0..groups {
         let (start, end) = (group * rows / groups, (group + 1) * rows / groups);
+        let next = if group == 0 { p.next } else { &[] };
         let p = Small {
             a: &p.a[start * p.a_stride..],
+            next,
             ..*p
         };
         let keep = keep.map(|keep| &keep[start..end]);
@@ -94,7 +100,13 @@ fn columns<S: Simd, const R: usize, const V: usize>(
             }
         }
     }
+    let ahead = !p.next.is_empty();
     for step in 0..p.depth {
+        if ahead {
+            // As many bytes as this step reads: by the end of b, as many of what is next.
+            let at = first * p.depth + step * V * S::LANES;
+            prefetch(p.next.as_ptr().wrapping_add(at), V * S::LANES);
+        }
         // SAFETY: small_product checked a and b against depth, strides and columns.
         let (a, b) = unsafe {
             (
@@ -130,5 +142,14 @@ fn columns<S: Simd, const R: usize, const V: usize>(
                 s.store_part(c, *acc, part(v));
             }
         }
+    }
+}
+
+/// Fetches the lines of so many values into the second-level cache. Touches nothing.
+#[inline(always)]
+fn prefetch(at: *const f32, values: usize) {
+    for line in (0..values).step_by(16) {
+        // SAFETY: a prefetch of any address is harmless.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(line).cast()) };
     }
 }

@@ -32,9 +32,10 @@ pub struct AttentionShape {
 }
 
 impl Ops {
-    /// Rotates the q and k parts of qkv in place (half-split form), then writes k and v to the cache.
-    /// qkv `[t, (heads + 2 kv_heads) * head_dim]`: q | k | v; cos_sin `[t, head_dim]`: the cosines of
-    /// `head_dim / 2` angles, then their sines, attention scaling included; one slot per row.
+    /// Rotates the q and k parts of qkv in place (half-split form), then writes k and v to the
+    /// cache. qkv `[t, (heads + 2 kv_heads) * head_dim]`: q | k | v; cos_sin `[t, head_dim]`: the
+    /// cosines of `head_dim / 2` angles, then their sines, attention scaling included; one slot per
+    /// row.
     ///
     /// # Panics
     /// The shapes do not fit, or a slot or the layer does not exist.
@@ -132,7 +133,12 @@ impl Ops {
         check_attention("paged_attention_eager", qkv, shape.heads, out);
         check_cache("paged_attention_eager", cache, shape.heads, layer);
         check_spans("paged_attention_eager", cache, spans, shape, qkv.rows());
-        reference::paged_attention(qkv, cache.layer(layer), spans, shape, out)
+        let cache = cache.layer(layer);
+        fast!(
+            self,
+            cpu::eager::paged_attention_eager(self.isa, qkv, cache, (spans, shape), out)
+        );
+        reference::paged_attention(qkv, cache, spans, shape, out)
     }
 
     /// Attention, without a mask, of each segment of `len` consecutive rows with itself (a vision
@@ -186,7 +192,7 @@ fn check_cache(op: &str, cache: &KvCache, heads: Heads, layer: usize) {
     let (found, layers) = (cache.heads(), cache.layers());
     assert!(
         (found.kv_heads, found.head_dim) == (heads.kv_heads, heads.head_dim) && layer < layers,
-        "{op}: layer {layer} and {heads:?} of a cache of {layers} layers and {found:?}. This is a bug."
+        "{op}: layer {layer} of {layers}, {heads:?} with a cache for {found:?}. This is a bug."
     );
 }
 

@@ -18,8 +18,8 @@ impl Ops {
         reference::rms_norm(x, weight, eps, out);
     }
 
-    /// `out = (x - mean) / sqrt(variance + eps) * weight + bias`, row by row. x and out `[rows, n]`,
-    /// weight and bias `[n]`.
+    /// `out = (x - mean) / sqrt(variance + eps) * weight + bias`, row by row. x and out `[rows,
+    /// n]`, weight and bias `[n]`.
     ///
     /// # Panics
     /// The shapes do not fit.
@@ -99,7 +99,8 @@ impl Ops {
         reference::copy_columns(src, dst, dst_col);
     }
 
-    /// `x[i] += table[i % table.rows()]`: position embeddings of a batch. Both have the same columns.
+    /// `x[i] += table[i % table.rows()]`: position embeddings of a batch. Both have the same
+    /// columns.
     ///
     /// # Panics
     /// The shapes do not fit.

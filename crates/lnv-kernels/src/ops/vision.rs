@@ -78,9 +78,9 @@ impl Ops {
         reference::pool(x, side, stride, mode, out);
     }
 
-    /// Writes each window's positions side by side, the input of a pooling convolution: x
-    /// `[n * side * side, c]`, out `[n * (side/stride)², stride * stride * c]`, columns in the order
-    /// (wy, wx, c).
+    /// Writes each window's positions side by side, the input of a pooling convolution: x `[n *
+    /// side * side, c]`, out `[n * (side/stride)², stride * stride * c]`, columns in the order (wy,
+    /// wx, c).
     ///
     /// # Panics
     /// The shapes do not fit.

@@ -248,6 +248,39 @@ fn the_eager_form_agrees_and_returns_the_weights() {
     }
 }
 
+/// The last queries alone have the output and the weights that they have in the whole prompt.
+#[test]
+fn the_eager_form_has_the_same_bits_in_every_chunking() {
+    for (heads, window) in HEADS
+        .into_iter()
+        .flat_map(|h| [None, Some(70)].map(|w| (h, w)))
+    {
+        let sequence = Sequence::new(2, heads, 203);
+        let (cols, shape) = (heads.heads * heads.head_dim, sequence.shape(window));
+        for ops in all() {
+            let mut cache = sequence.cache();
+            let qkv = sequence.write(&ops, &mut cache, 0, 203);
+            let tail = ops.download_rows(&qkv, 150..203);
+            let tail = ops.upload(53, heads.qkv_cols(), &tail);
+            let run = |qkv: &Buffer, span: Span<'_>| {
+                let mut out = ops.buffer(span.q_len, cols);
+                let weights = ops.paged_attention_eager(qkv, &cache, 1, &[span], &shape, &mut out);
+                (ops.download(&out), weights[0].clone())
+            };
+            let (whole, whole_weights) = run(&qkv, sequence.span(0, 0, 203));
+            let (part, part_weights) = run(&tail, sequence.span(0, 150, 203));
+            let what = format!("{} {heads:?} {window:?}", ops.isa());
+            assert_same(&part, &whole[150 * cols..], &what);
+            for (part, whole) in part_weights
+                .chunks(53 * 203)
+                .zip(whole_weights.chunks(203 * 203))
+            {
+                assert_same(part, &whole[150 * 203..], &what);
+            }
+        }
+    }
+}
+
 #[test]
 fn bidirectional_attention_agrees() {
     for heads in HEADS {

@@ -31,6 +31,7 @@ struct Kind {
     space: Space,
     range: Range,
     chroma: Location,
+    interlaced: bool,
 }
 
 impl Converter {
@@ -52,6 +53,7 @@ impl Converter {
             space: frame.color_space(),
             range: frame.color_range(),
             chroma: frame.chroma_location(),
+            interlaced: frame.is_interlaced(),
         };
         // A new tag or size is a new graph; that happens once per stream in all but odd files.
         if self.graph.as_ref().is_none_or(|(built, _)| *built != kind) {
@@ -115,13 +117,15 @@ fn filters(kind: &Kind, across: u8, down: u8) -> String {
         kind.format,
         Pixel::YUV420P | Pixel::YUVJ420P | Pixel::YUVA420P
     );
-    let direct = plain && kind.height.is_multiple_of(2);
+    // Like swscale 8, `scale` converts the two fields of an interlaced frame apart from each other.
+    let (rows, fields) = if kind.interlaced { (4, -1) } else { (2, 0) };
+    let direct = plain && kind.height.is_multiple_of(rows);
     if across == 1 && down == 1 && !direct {
         // Up to FFmpeg 7, swscale's general way to RGB takes the nearest chroma row, not the two around it as
         // FFmpeg 8 (and so PyAV 18) does. Bringing chroma to full height first, in 16 bits, gives FFmpeg
         // 8's values with every version.
         return format!(
-            "scale=flags=bilinear:in_color_matrix={matrix}:out_color_matrix={matrix}:in_range={range}:\
+            "scale=flags=bilinear:interl={fields}:in_color_matrix={matrix}:out_color_matrix={matrix}:in_range={range}:\
              out_range={range}:in_h_chr_pos={x}:out_h_chr_pos={x}:in_v_chr_pos={y},\
              format=pix_fmts=yuv422p16,\
              scale=flags=bilinear:in_color_matrix={matrix}:in_range={range}:in_h_chr_pos={x},\
@@ -129,7 +133,7 @@ fn filters(kind: &Kind, across: u8, down: u8) -> String {
         );
     }
     format!(
-        "scale=flags=bilinear:in_color_matrix={matrix}:in_range={range}:in_h_chr_pos={x}:in_v_chr_pos={y},\
+        "scale=flags=bilinear:interl={fields}:in_color_matrix={matrix}:in_range={range}:in_h_chr_pos={x}:in_v_chr_pos={y},\
          format=pix_fmts=rgb24"
     )
 }

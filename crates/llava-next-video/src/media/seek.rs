@@ -7,7 +7,7 @@
 
 use ffmpeg_next::Packet;
 
-use super::bitstream;
+use super::bitstream::{self, Start};
 use super::convert::Converter;
 use super::decode::Decoder;
 use super::demux::{Demuxer, Next};
@@ -27,9 +27,13 @@ pub(super) fn seeking(
     out: &mut Out<'_>,
 ) -> Result<Option<VideoSummary>> {
     let frames = job.sample(index.len(), demuxer.frame_rate, out)?;
+    // An attempt before this one may have handed over some frames, of the same number in all.
+    if !out.agrees(index.len()) {
+        return Ok(None);
+    }
     let mut decoder = Decoder::open(demuxer, job.limits, true)?;
     let mut converter = Converter::new(stream_turn(demuxer).0);
-    let mut rest = frames.as_slice();
+    let mut rest = frames.get(out.given()..).unwrap_or_default();
     while !rest.is_empty() {
         let (start, end, count) = run_of(index, rest);
         let (now, later) = rest.split_at(count);
@@ -86,6 +90,9 @@ impl Run<'_> {
         let Some(mut packet) = self.first_packet()? else {
             return Ok(false);
         };
+        if !self.may_start(&packet) {
+            return Ok(false);
+        }
         decoder.flush();
         let skips = bitstream::can_skip_unreferenced(self.demuxer.codec);
         let mut at = self.start;
@@ -116,6 +123,15 @@ impl Run<'_> {
                 Next::End | Next::Broken => return Ok(false),
             };
         }
+    }
+
+    /// Whether a start that only the container's table claims is one.
+    fn may_start(&self, packet: &Packet) -> bool {
+        if self.start == 0 || !self.index.claimed {
+            return true;
+        }
+        let data = packet.data().unwrap_or_default();
+        packet.is_key() && bitstream::start_of(self.demuxer.codec, data) >= Start::Open
     }
 
     fn is_wanted(&self, pts: i64) -> bool {

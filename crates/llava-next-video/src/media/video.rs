@@ -123,6 +123,12 @@ pub fn decode_video_with(
     };
     let mut out = Out::new(path, limits, sink);
     let mut demuxer = Demuxer::open(path)?;
+    if let Some(index) = index::from_table(&mut demuxer, limits)
+        && let Some(summary) = seeking(&job, &mut demuxer, &index, &mut out)?
+    {
+        return Ok(summary);
+    }
+    demuxer = demuxer.rewound()?;
     let plan = match index::scan(&mut demuxer, limits, &control)? {
         Scan::Seekable(index) => {
             if let Some(summary) = seeking(&job, &mut demuxer, &index, &mut out)? {
@@ -160,8 +166,14 @@ pub fn probe_video(path: impl AsRef<Path>) -> Result<VideoInfo> {
     };
     let mut demuxer = Demuxer::open(path.as_ref())?;
     let (turn, _) = stream_turn(&demuxer);
-    let scan = index::scan(&mut demuxer, &limits, &control)?;
     let size = Decoder::open(&demuxer, &limits, false)?.size();
+    let scan = match index::from_table(&mut demuxer, &limits) {
+        Some(index) => Scan::Seekable(index),
+        None => {
+            demuxer = demuxer.rewound()?;
+            index::scan(&mut demuxer, &limits, &control)?
+        }
+    };
     let (frames, seekable) = match &scan {
         Scan::Seekable(index) => (index.len(), true),
         Scan::Sequential { promised } | Scan::Damaged { promised } => (*promised, false),
@@ -226,6 +238,7 @@ pub(super) struct Out<'a> {
     sink: &'a mut dyn FnMut(SampledFrame) -> Result<()>,
     size: Option<ImageSize>,
     given: usize,
+    total: Option<usize>,
 }
 
 impl<'a> Out<'a> {
@@ -240,6 +253,7 @@ impl<'a> Out<'a> {
             sink,
             size: None,
             given: 0,
+            total: None,
         }
     }
 
@@ -252,6 +266,13 @@ impl<'a> Out<'a> {
             self.path.display(),
             self.most
         )))
+    }
+
+    /// Notes the number of frames in all; false where frames were handed over on the belief in another.
+    pub(super) fn agrees(&mut self, total: usize) -> bool {
+        let same = self.given == 0 || self.total == Some(total);
+        self.total = Some(total);
+        same
     }
 
     /// Frames handed over so far.

@@ -136,6 +136,14 @@ fn seeking_is_used_wherever_the_packets_allow() {
             );
         }
         assert_eq!(info.size, size_of(&value), "{name}");
+        let limits = MediaLimits::default();
+        for n in [1, 3, 8, 30] {
+            let path = testdata().join(&name);
+            let sampling = FrameSampling::Default(n);
+            let summary =
+                decode_video_with(path, sampling, &limits, None, &mut |_| Ok(())).unwrap();
+            assert_eq!(summary.seeked, info.seekable, "{name}, {n} frames");
+        }
     }
 }
 

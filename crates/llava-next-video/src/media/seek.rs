@@ -6,6 +6,7 @@
 //! ends the attempt, and the caller decodes the file from its start.
 
 use ffmpeg_next::Packet;
+use ffmpeg_next::codec::Id;
 
 use super::bitstream::{self, Start};
 use super::convert::Converter;
@@ -50,8 +51,9 @@ pub(super) fn seeking(
         }
         rest = later;
     }
-    let total = index.len();
-    Ok(Some(job.summary(demuxer, total, frames, Vec::new())))
+    let mut summary = job.summary(demuxer, index.len(), frames, Vec::new());
+    summary.seeked = true;
+    Ok(Some(summary))
 }
 
 /// The packets `start..=end` that one stretch of decoding takes, and how many of `frames` come out of it.
@@ -95,6 +97,7 @@ impl Run<'_> {
         }
         decoder.flush();
         let skips = bitstream::can_skip_unreferenced(self.demuxer.codec);
+        let finish_at = self.finish_at();
         let mut at = self.start;
         loop {
             self.job.control.check()?;
@@ -104,7 +107,7 @@ impl Run<'_> {
             }
             let needed = !skips || self.is_wanted(entry.pts);
             decoder.send(&packet, needed, self.job.path)?;
-            if at == self.end {
+            if at == finish_at {
                 decoder.finish();
             }
             self.hand_over(decoder, converter, out)?;
@@ -114,7 +117,7 @@ impl Run<'_> {
             if self.wanted.is_empty() {
                 return Ok(true);
             }
-            if at == self.end {
+            if at == finish_at {
                 return Ok(false);
             }
             at += 1;
@@ -123,6 +126,15 @@ impl Run<'_> {
                 Next::End | Next::Broken => return Ok(false),
             };
         }
+    }
+
+    /// The packet after which the decoder is told that no more come, so that it lets go of what it holds back.
+    fn finish_at(&self) -> usize {
+        if self.demuxer.codec == Id::AV1 {
+            // Some versions of dav1d keep frames for themselves then; feeding on brings them out.
+            return self.index.entries.len() - 1;
+        }
+        self.end
     }
 
     /// Whether a start that only the container's table claims is one.

@@ -1,10 +1,9 @@
 //! The sampled frames of a video file.
 //!
-//! Two ways lead to a frame. Where the packets tell the order of presentation and the places to start
-//! (`index`), only the groups of pictures that hold sampled frames are decoded: seek, decode forward,
-//! match frames by their presentation time. Otherwise, and whenever a frame does not come out as the
-//! index promised, the file is decoded from its start, once to count and once to pick. Both ways give
-//! the same frames; the tests hold them against each other.
+//! Two ways lead to a frame. Where the MP4 table (first choice) or the packets (second) tell the order of
+//! presentation and the places to start (`index`), only the groups of pictures that hold sampled frames are decoded
+//! (`seek`). Otherwise, and whenever a frame does not come out as the index promised, the file is decoded from its
+//! start (`sequential`). All ways give the same frames; the tests hold them against each other.
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -44,6 +43,8 @@ pub struct VideoSummary {
     pub frames_indices: Vec<usize>,
     /// What a person should know, a sentence each.
     pub notes: Vec<String>,
+    /// Whether only the groups of pictures that hold sampled frames were decoded, and not the whole file.
+    pub seeked: bool,
 }
 
 /// Decodes the frames of the file `path` that `sampling` takes.
@@ -367,6 +368,7 @@ impl Job<'_> {
             },
             frames_indices,
             notes,
+            seeked: false,
         }
     }
 }

@@ -12,6 +12,7 @@
 //! | `index`, `bitstream`, `mp4` | the order of presentation and where decoding may start, without decoding |
 //! | `decode` | packets to frames, threads on |
 //! | `convert` | frames to upright RGB as PyAV's `rgb24` |
+//! | `seek`, `sequential` | the two ways to a frame |
 //! | `video` | puts those together |
 
 use std::time::Instant;
@@ -25,6 +26,8 @@ mod index;
 mod jpeg;
 mod mp4;
 mod sample;
+mod seek;
+mod sequential;
 mod still;
 mod video;
 
@@ -121,7 +124,7 @@ pub struct VideoInfo {
     pub size: ImageSize,
     /// Average frame rate in frames a second; 0 where the file does not tell.
     pub fps: f64,
-    /// Frames that a full decode yields.
+    /// Frames that a full decode yields; where `seekable` is false, frames that the packets promise.
     pub frames: usize,
     /// Length in seconds.
     pub duration: f64,

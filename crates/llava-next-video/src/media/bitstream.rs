@@ -29,8 +29,13 @@ pub(super) fn can_seek(codec: Id) -> bool {
     ) || is_intra_only(codec)
 }
 
+/// Whether a packet of an MP4 file always yields one picture, so that its samples need not be looked at.
+pub(super) fn one_picture_a_packet(codec: Id) -> bool {
+    matches!(codec, Id::H264 | Id::HEVC | Id::AV1 | Id::MPEG4) || is_intra_only(codec)
+}
+
 /// Whether each packet stands alone.
-pub(super) fn is_intra_only(codec: Id) -> bool {
+fn is_intra_only(codec: Id) -> bool {
     matches!(
         codec,
         Id::MJPEG | Id::PRORES | Id::RAWVIDEO | Id::DNXHD | Id::PNG | Id::HUFFYUV | Id::FFVHUFF

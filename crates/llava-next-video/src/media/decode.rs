@@ -10,8 +10,8 @@ use ffmpeg::codec::{self, decoder};
 use ffmpeg::{Discard, Packet, frame};
 use ffmpeg_next as ffmpeg;
 
-use super::MediaLimits;
 use super::demux::Demuxer;
+use super::{ImageSize, MediaLimits};
 use crate::{Error, Result};
 
 /// When to give up: the caller's wish or the deadline.
@@ -38,7 +38,7 @@ impl Control<'_> {
 
 /// A decoder of one video stream.
 pub(super) struct Decoder {
-    inner: decoder::Opened,
+    inner: decoder::Video,
     /// Whether a packet could not be decoded.
     pub(super) failed: bool,
     decoded: u64,
@@ -65,21 +65,41 @@ impl Decoder {
         options.set("threads", &threads.to_string());
         options.set("thread_type", "frame+slice");
         options.set("max_pixels", &limits.video_pixels.to_string());
-        let mut context = codec::Context::from_parameters(demuxer.parameters()?)
-            .map_err(|cause| fail(cause.to_string()))?
-            .decoder();
-        context.set_packet_time_base(demuxer.time_base);
-        let inner = context.open_as_with(codec, options).map_err(|cause| {
-            fail(format!(
-                "its {name} stream is damaged or not supported ({cause})"
-            ))
-        })?;
+        let open = |options| -> std::result::Result<decoder::Video, ffmpeg::Error> {
+            let parameters = demuxer
+                .parameters()
+                .map_err(|_| ffmpeg::Error::StreamNotFound)?;
+            let mut context = codec::Context::from_parameters(parameters)?.decoder();
+            context.set_packet_time_base(demuxer.time_base);
+            context.open_as_with(codec, options)?.video()
+        };
+        let inner = match open(options) {
+            Ok(inner) => inner,
+            // Without the limit it may open, and then tell its size.
+            Err(cause) => open(ffmpeg::Dictionary::new()).map_err(|_| {
+                fail(format!(
+                    "its {name} stream is damaged or not supported ({cause})"
+                ))
+            })?,
+        };
+        let (height, width) = (inner.height(), inner.width());
+        if u64::from(height) * u64::from(width) > limits.video_pixels {
+            return Err(fail(format!(
+                "{width}x{height} is more than {} pixels, the limit for a video",
+                limits.video_pixels
+            )));
+        }
         Ok(Self {
             inner,
             failed: false,
             decoded: 0,
             most: limits.decoded_frames,
         })
+    }
+
+    /// The size of the stream's frames by its header.
+    pub(super) fn size(&self) -> ImageSize {
+        ImageSize::new(self.inner.height() as usize, self.inner.width() as usize)
     }
 
     /// Hands in a packet; `needed` false lets the decoder skip it if no other picture refers to it.
@@ -128,20 +148,5 @@ impl Decoder {
                 Err(_) => self.failed = true,
             }
         }
-    }
-}
-
-impl Decoder {
-    /// The size of the stream's frames by its header.
-    pub(super) fn size(demuxer: &Demuxer, limits: &MediaLimits) -> Result<super::ImageSize> {
-        let opened = Self::open(demuxer, limits, false)?;
-        let video = opened.inner.video().map_err(|cause| {
-            let shown = demuxer.path().display();
-            Error::Media(format!("cannot decode {shown}: {cause}"))
-        })?;
-        Ok(super::ImageSize::new(
-            video.height() as usize,
-            video.width() as usize,
-        ))
     }
 }

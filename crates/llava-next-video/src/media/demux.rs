@@ -30,6 +30,7 @@ pub(super) struct Demuxer {
     input: Input,
     stream: usize,
     path: PathBuf,
+    begun: bool,
     /// The codec of the video stream.
     pub(super) codec: codec::Id,
     /// Seconds per tick of the video stream.
@@ -75,6 +76,7 @@ impl Demuxer {
         Ok(Self {
             stream: index,
             path: path.to_path_buf(),
+            begun: false,
             codec,
             time_base,
             start_time,
@@ -82,6 +84,16 @@ impl Demuxer {
             display_matrix,
             input,
         })
+    }
+
+    /// This demuxer at the beginning of its file.
+    pub(super) fn rewound(self) -> Result<Self> {
+        // Opening again is surer than seeking back: some containers cannot.
+        if self.begun {
+            Self::open(&self.path)
+        } else {
+            Ok(self)
+        }
     }
 
     /// The file, as the caller named it.
@@ -103,6 +115,7 @@ impl Demuxer {
 
     /// Reads on to the next packet of the video stream.
     pub(super) fn next(&mut self) -> Next {
+        self.begun = true;
         loop {
             let mut packet = Packet::empty();
             match packet.read(&mut self.input) {

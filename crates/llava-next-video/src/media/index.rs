@@ -38,6 +38,8 @@ pub(super) struct Index {
     /// For each shown picture, in order of presentation, its packet.
     pub(super) order: Vec<u32>,
     starts: Vec<u32>,
+    /// Whether the starts are only what the container's table claims; each is then looked at when it is used.
+    pub(super) claimed: bool,
 }
 
 /// What reading all packets told.
@@ -124,7 +126,7 @@ fn apply_edits(entries: &mut [Entry], demuxer: &Demuxer) -> bool {
     let length = match mp4::edits(demuxer.path(), &demuxer.container()) {
         Edits::None => return true,
         Edits::Many => return false,
-        Edits::One(length) => length,
+        Edits::One { length, .. } => length,
     };
     let Some(start) = demuxer.start_time else {
         return false;
@@ -138,6 +140,51 @@ fn apply_edits(entries: &mut [Entry], demuxer: &Demuxer) -> bool {
         }
     }
     true
+}
+
+/// The index by the sample table of an MP4 file, without reading the media; `None` where there is no such
+/// table or it leaves something open.
+pub(super) fn from_table(demuxer: &mut Demuxer, limits: &MediaLimits) -> Option<Index> {
+    let codec = demuxer.codec;
+    if !bitstream::one_picture_a_packet(codec) {
+        return None;
+    }
+    let (path, container) = (demuxer.path().to_path_buf(), demuxer.container());
+    let samples = mp4::samples(&path, &container, limits.packets)?;
+    let begin = match mp4::edits(&path, &container) {
+        Edits::None => i64::MIN,
+        Edits::One { start, .. } => start,
+        Edits::Many => return None,
+    };
+    // FFmpeg moves all times so that the first shown picture has the stream's start time.
+    let first = samples
+        .iter()
+        .map(|sample| sample.pts)
+        .filter(|pts| *pts >= begin)
+        .min()?;
+    let shift = demuxer.start_time?.checked_sub(first)?;
+    let entry = |sample: &mp4::Sample| Entry {
+        pts: sample.pts.saturating_add(shift),
+        dts: Some(sample.dts.saturating_add(shift)),
+        duration: sample.duration,
+        start: if sample.key { Start::Open } else { Start::No },
+        shown: true,
+    };
+    let mut entries: Vec<Entry> = samples.iter().map(entry).collect();
+    let Next::Packet(packet) = demuxer.next() else {
+        return None;
+    };
+    let head = entries.first_mut()?;
+    if packet.pts() != Some(head.pts) || !packet.is_key() {
+        return None;
+    }
+    head.start = bitstream::start_of(codec, packet.data().unwrap_or_default());
+    if !apply_edits(&mut entries, demuxer) {
+        return None;
+    }
+    let mut index = Index::new(entries, codec)?;
+    index.claimed = true;
+    Some(index)
 }
 
 fn too_many_packets(demuxer: &Demuxer, limits: &MediaLimits) -> Error {
@@ -169,6 +216,7 @@ impl Index {
             entries,
             order,
             starts,
+            claimed: false,
         })
     }
 

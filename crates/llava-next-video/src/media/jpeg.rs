@@ -4,6 +4,8 @@
 //! library runs, in the `mozjpeg` crate's build. It reports errors by unwinding, without a panic message; that
 //! is caught here and becomes an error.
 
+use std::cell::Cell;
+use std::io::{BufRead, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use mozjpeg::{ColorSpace, Decompress, Marker};
@@ -45,7 +47,12 @@ impl From<std::io::Error> for Failure {
 }
 
 fn pixels(bytes: &[u8], name: &str, limits: &MediaLimits) -> Result<(Image, Turn), Failure> {
-    let jpeg = Decompress::with_markers(&[Marker::APP(1)]).from_mem(bytes)?;
+    let ran_out = Cell::new(false);
+    let source = Source {
+        rest: bytes,
+        ran_out: &ran_out,
+    };
+    let jpeg = Decompress::with_markers(&[Marker::APP(1)]).from_reader(source)?;
     let size = ImageSize::new(jpeg.height(), jpeg.width());
     super::still::check_size(size, name, limits).map_err(Failure::Told)?;
     let turn = orientation(jpeg.markers().map(|marker| marker.data));
@@ -59,13 +66,41 @@ fn pixels(bytes: &[u8], name: &str, limits: &MediaLimits) -> Result<(Image, Turn
     let mut started = jpeg.to_colorspace(wanted)?;
     let mut raw = vec![0u8; size.area() * channels];
     started.read_scanlines_into(&mut raw)?;
-    started.finish()?;
+    if ran_out.get() {
+        return Err(Failure::Library("it ends before its last row".into()));
+    }
     let data = match channels {
         1 => raw.iter().flat_map(|v| [*v, *v, *v]).collect(),
         3 => raw,
         _ => raw.chunks_exact(4).flat_map(cmyk).collect(),
     };
     Ok((Image { size, data }, turn))
+}
+
+/// The file's bytes. libjpeg paints the rest of a picture grey when they run out; Pillow refuses such a file,
+/// so that is remembered here.
+struct Source<'a> {
+    rest: &'a [u8],
+    ran_out: &'a Cell<bool>,
+}
+
+impl Read for Source<'_> {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        self.rest.read(into)
+    }
+}
+
+impl BufRead for Source<'_> {
+    fn fill_buf(&mut self) -> std::io::Result<&[u8]> {
+        if self.rest.is_empty() {
+            self.ran_out.set(true);
+        }
+        Ok(self.rest)
+    }
+
+    fn consume(&mut self, count: usize) {
+        self.rest = self.rest.get(count..).unwrap_or_default();
+    }
 }
 
 /// Pillow takes every four-channel JPEG for Adobe's inverted kind, then converts as here.

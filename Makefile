@@ -36,7 +36,7 @@ check: fmt clippy doc deny
 
 fmt:
 	cargo fmt --all --check
-	rustfmt --check --edition 2024 fuzz/fuzz_targets/*.rs
+	rustfmt --check --edition 2024 fuzz/fuzz_targets/*.rs fuzz/src/lib.rs
 
 clippy: setup
 	cargo clippy --workspace --all-targets --locked -- --deny warnings

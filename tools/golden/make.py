@@ -1,6 +1,7 @@
 """Make the golden data: python tools/golden/make.py [--only NAME ...]"""
 
 import argparse
+import importlib
 import json
 import os
 from pathlib import Path
@@ -38,12 +39,23 @@ def renamed_copy(name, source, layout, covers):
     (folder / "cases.json").write_text(write_cases.compact(described))
 
 
+FUNCTIONS = ["anyres", "resize", "image_processor", "video_processor", "frames", "rope", "templates_", "decode", "logits", "errors"]
+
+
+def functions():
+    folder = Path("functions")
+    folder.mkdir(exist_ok=True)
+    for name in FUNCTIONS:
+        importlib.import_module(f"functions.{name}").make(folder)
+
+
 def jobs():
     yield "media", lambda: media.make(Path("."))
     for name, spec in configs.ALL.items():
         yield name, lambda spec=spec: configuration(spec)
     for copy in configs.COPIES:
         yield copy[0], lambda copy=copy: renamed_copy(*copy)
+    yield "functions", functions
 
 
 def main():

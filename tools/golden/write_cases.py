@@ -97,12 +97,12 @@ def write(folder, spec, cases):
     return described
 
 
-def write_robust(folder, spec, cases, attempts=20):
+def write_robust(folder, spec, cases, rename=True, attempts=20):
     """Save the checkpoint and write its cases; where two tokens come too close to each other, take other weights."""
     for attempt in range(attempts):
         seeded = {**spec, "seed": spec["seed"] + 100_000 * attempt}
         checkpoints.save(seeded, folder)
-        if spec["layout"] != "hf-4.53":
+        if rename and spec["layout"] != "hf-4.53":
             layouts.rename_tensors(folder, spec["layout"])
         try:
             return write(folder, seeded, cases)

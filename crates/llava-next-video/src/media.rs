@@ -3,6 +3,37 @@
 //! FFmpeg's libraries decode videos in process and open local files only; stills go through the
 //! `image` crate, JPEG through libjpeg-turbo's arithmetic so that pixels equal Pillow's. Fetching a URL
 //! is not done here: the caller downloads, with its own limits, and passes bytes or a path.
+//!
+//! | part | does |
+//! | --- | --- |
+//! | `still`, `jpeg`, `gif` | one picture, pixels as Pillow 11.3 gives them |
+//! | `sample` | which frames: the integer formula |
+//! | `demux` | opens a local file, and nothing else, and hands out packets |
+//! | `index`, `bitstream`, `mp4` | the order of presentation and where decoding may start, without decoding |
+//! | `decode` | packets to frames, threads on |
+//! | `convert` | frames to upright RGB as PyAV's `rgb24` |
+//! | `video` | puts those together |
+
+use std::time::Instant;
+
+mod bitstream;
+mod convert;
+mod decode;
+mod demux;
+mod gif;
+mod index;
+mod jpeg;
+mod mp4;
+mod sample;
+mod still;
+mod video;
+
+pub use sample::sample_indices;
+pub use still::{decode_data_uri_or_base64, decode_image, load_image};
+pub use video::{
+    SampledFrame, VideoSummary, decode_video, decode_video_everything, decode_video_with,
+    probe_video,
+};
 
 /// Height and width in pixels. Always this struct, height first; never a bare pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -77,4 +108,63 @@ pub enum FrameSampling {
     Fps(f64),
     /// Every frame, up to the limit.
     All,
+}
+
+/// What a video file says of itself and what counting its packets says; nothing is decoded.
+#[derive(Debug, Clone, PartialEq)]
+pub struct VideoInfo {
+    /// The codec's short name, such as `h264`.
+    pub codec: String,
+    /// The container's short name, such as `mov,mp4,m4a,3gp,3g2,mj2`.
+    pub container: String,
+    /// Height and width as shown, that is after rotation.
+    pub size: ImageSize,
+    /// Average frame rate in frames a second; 0 where the file does not tell.
+    pub fps: f64,
+    /// Frames that a full decode yields.
+    pub frames: usize,
+    /// Length in seconds.
+    pub duration: f64,
+    /// Clockwise turn, in degrees, that showing the video takes: 0, 90, 180 or 270.
+    pub rotation: u32,
+    /// Whether frames can be reached by seeking; otherwise sampling decodes the file from its start.
+    pub seekable: bool,
+}
+
+/// How much one call may read, allocate and compute. The defaults suit a server that takes files
+/// from strangers and has 8 GiB of memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MediaLimits {
+    /// Bytes of one still image, encoded. Default 256 MiB.
+    pub still_bytes: u64,
+    /// Pixels of one still image. Default 100 million.
+    pub still_pixels: u64,
+    /// Pixels of one video frame. Default 8192 x 8192.
+    pub video_pixels: u64,
+    /// Frames that one call may sample. Default 4096.
+    pub sampled_frames: usize,
+    /// Bytes of RGB that one call to `decode_video` may hold. Default 4 GiB. `decode_video_with`
+    /// holds one frame at a time and is not bound by it.
+    pub sampled_bytes: u64,
+    /// Frames that one call may decode, sampled or not. Default one million (11 hours at 25 a second).
+    pub decoded_frames: u64,
+    /// Packets that one call may read to count frames. Default 20 million.
+    pub packets: u64,
+    /// The moment at which decoding gives up. Default none.
+    pub deadline: Option<Instant>,
+}
+
+impl Default for MediaLimits {
+    fn default() -> Self {
+        Self {
+            still_bytes: 256 << 20,
+            still_pixels: 100_000_000,
+            video_pixels: 8192 * 8192,
+            sampled_frames: 4096,
+            sampled_bytes: 4 << 30,
+            decoded_frames: 1_000_000,
+            packets: 20_000_000,
+            deadline: None,
+        }
+    }
 }

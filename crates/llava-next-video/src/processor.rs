@@ -1,3 +1,654 @@
-//! Conversations, text and pixels to model inputs.
+//! Conversations, text and pixels to model inputs: Transformers' `LlavaNextVideoProcessor`.
+//!
+//! ```text
+//! Conversation --chat_template--> prompt --tokenizer--> ids --expand--> ids, one a feature vector
+//! Image --image_processor--> tiles + AnyResLayout        Video --video_processor--> frames
+//! ```
+//!
+//! Decision: placeholders are expanded after tokenizing, not before. Transformers writes `<image>` 2340
+//! times into the text and tokenizes that; repeating the one id gives the same ids, costs nothing, needs no
+//! temporary word that user text might contain, and keeps character offsets true. A literal `<image>` in a
+//! user's text is a placeholder, as in the reference. Each video's length comes from its own frames and the
+//! model's pooling, where the reference takes the first video's and always divides by 4.
+//!
+//! Refuses, in one sentence with both numbers: more or fewer media than placeholders, media that the
+//! model's vision tower could not take, rows of different lengths without padding, and a truncation that
+//! would cut a placeholder.
+
 pub mod anyres;
+pub mod chat_template;
+pub mod conversation;
+mod facts;
+pub mod image_processor;
 pub mod inputs;
+pub mod resize;
+pub mod settings;
+pub mod tensors;
+pub mod tokenizer;
+pub mod video_processor;
+
+use std::ops::Range;
+
+use serde_json::{Map, Value};
+
+use crate::config::CheckpointFiles;
+use crate::error::{Error, Result};
+use crate::media::{Image, Video};
+use chat_template::{ChatTemplates, Rendered, TemplateOptions};
+use conversation::{Conversation, Message};
+use image_processor::LlavaNextImageProcessor;
+use inputs::{ImageInput, ModelInputs, VideoInput};
+use resize::Arithmetic;
+use settings::Fields;
+use tokenizer::{Detokenizer, PaddingSide, Tokenizer, object};
+use video_processor::LlavaNextVideoVideoProcessor;
+
+pub use facts::ModelFacts;
+
+/// Image processor, video processor, tokenizer and chat template in one.
+#[derive(Debug, Clone)]
+pub struct LlavaNextVideoProcessor {
+    /// For images.
+    pub image_processor: LlavaNextImageProcessor,
+    /// For videos.
+    pub video_processor: LlavaNextVideoVideoProcessor,
+    /// For text.
+    pub tokenizer: Tokenizer,
+    /// For conversations.
+    pub chat_template: ChatTemplates,
+    /// The ViT's patch in pixels.
+    pub patch_size: usize,
+    /// `default` or `full`.
+    pub vision_feature_select_strategy: String,
+    /// Feature vectors that the vision tower adds to the patches (1 for CLIP's CLS).
+    pub num_additional_image_tokens: usize,
+    /// The placeholder of an image in text.
+    pub image_token: String,
+    /// Its id.
+    pub image_token_id: u32,
+    /// The placeholder of a video in text.
+    pub video_token: String,
+    /// Its id.
+    pub video_token_id: u32,
+    /// What a person should know about how the files were read, one sentence each.
+    pub notes: Vec<String>,
+    facts: ModelFacts,
+}
+
+/// How rows are brought to one length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Padding {
+    /// To the longest row (`padding=True`).
+    #[default]
+    Longest,
+    /// To this many tokens (`padding="max_length"`); longer rows stay.
+    MaxLength(usize),
+    /// Not at all: rows must have one length (`padding=False`).
+    No,
+}
+
+/// What [`LlavaNextVideoProcessor::process`] takes besides text and media.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProcessOptions {
+    /// How rows are brought to one length.
+    pub padding: Padding,
+    /// On which side; `None` is the tokenizer's own.
+    pub padding_side: Option<PaddingSide>,
+    /// Cut rows after this many tokens (`truncation=True, max_length=n`).
+    pub truncate: Option<usize>,
+    /// Let the tokenizer add its beginning-of-sequence token.
+    pub add_special_tokens: bool,
+}
+
+impl Default for ProcessOptions {
+    fn default() -> Self {
+        Self {
+            padding: Padding::Longest,
+            padding_side: None,
+            truncate: None,
+            add_special_tokens: true,
+        }
+    }
+}
+
+/// What [`LlavaNextVideoProcessor::apply_chat_template`] returns.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Processed {
+    /// For the model.
+    pub inputs: ModelInputs,
+    /// The prompt of each conversation, before placeholders are expanded.
+    pub rendered: Vec<String>,
+    /// `[B][S]`, true where the assistant speaks, where that was asked for (`assistant_masks`).
+    pub assistant_masks: Option<Vec<Vec<bool>>>,
+}
+
+/// A tokenized row and how many of its ids each original id became.
+struct Row {
+    ids: Vec<u32>,
+    assistant: Vec<bool>,
+}
+
+impl LlavaNextVideoProcessor {
+    /// Reads a checkpoint's processor files: `processor_config.json` (also the form of Transformers 5,
+    /// which holds the image and the video processor), `preprocessor_config.json`,
+    /// `video_preprocessor_config.json`, the tokenizer's and the chat template's files. What they leave out
+    /// is taken from the model, with a note.
+    ///
+    /// # Errors
+    /// A file that cannot be read or used.
+    pub fn from_files(files: &CheckpointFiles, facts: &ModelFacts) -> Result<Self> {
+        let config = object(files, "processor_config.json")?;
+        let mut notes = Vec::new();
+        let tokenizer = Tokenizer::from_files(files)?;
+        let chat_template = ChatTemplates::from_files(files, &tokenizer, &facts.text_model_type)?;
+        notes.extend(chat_template.note.clone());
+        let token = |key: &str, default: &str| {
+            let text = tokenizer
+                .special_token(key)
+                .or_else(|| config.get(key).and_then(Value::as_str));
+            text.filter(|text| !text.is_empty())
+                .unwrap_or(default)
+                .to_owned()
+        };
+        let (image_token, video_token) = (
+            token("image_token", "<image>"),
+            token("video_token", "<video>"),
+        );
+        let name = files.display("processor_config.json");
+        let fields = Fields {
+            settings: &config,
+            file: &name,
+        };
+        let patch_size = match fields.get("patch_size") {
+            Some(value) => fields.whole("patch_size", value)?,
+            None => facts.patch_size,
+        };
+        Ok(Self {
+            image_processor: image_processor(files, &config, facts, &mut notes)?,
+            video_processor: video_processor(files, &config, facts)?,
+            patch_size,
+            vision_feature_select_strategy: strategy(&fields, facts)?,
+            num_additional_image_tokens: additional_tokens(&fields, facts, &mut notes)?,
+            image_token_id: token_id(&tokenizer, &image_token, facts.image_token_id, &mut notes),
+            video_token_id: token_id(&tokenizer, &video_token, facts.video_token_id, &mut notes),
+            image_token,
+            video_token,
+            tokenizer,
+            chat_template,
+            notes,
+            facts: facts.clone(),
+        })
+    }
+
+    /// The prompt of one conversation (`apply_chat_template(..., tokenize=False)`).
+    ///
+    /// # Errors
+    /// As [`chat_template::ChatTemplate::render`].
+    pub fn render(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+    ) -> Result<String> {
+        let options = TemplateOptions {
+            add_generation_prompt,
+            continue_final_message,
+            ..TemplateOptions::default()
+        };
+        Ok(self.render_with(messages, &options)?.text)
+    }
+
+    /// As [`LlavaNextVideoProcessor::render`], with all options.
+    ///
+    /// # Errors
+    /// As [`chat_template::ChatTemplate::render`].
+    pub fn render_with(&self, messages: &[Message], options: &TemplateOptions) -> Result<Rendered> {
+        let template = self.chat_template.get(options.template.as_deref())?;
+        template.render(messages, self.tokenizer.special_tokens_map(), options)
+    }
+
+    /// Texts and media to model inputs (`__call__`). Media are matched with placeholders in order over
+    /// all texts.
+    ///
+    /// # Errors
+    /// Counts that do not match, media that the model cannot take, rows that cannot be batched.
+    pub fn process(
+        &self,
+        texts: &[String],
+        images: &[Image],
+        videos: &[Video],
+        options: &ProcessOptions,
+    ) -> Result<ModelInputs> {
+        let spans = vec![vec![]; texts.len()];
+        Ok(self
+            .process_spans(texts, &spans, images, videos, options)?
+            .0)
+    }
+
+    /// Renders conversations and processes them with their media, already loaded, in order over all
+    /// conversations (`apply_chat_template(..., tokenize=True, return_dict=True)`). A prompt that begins
+    /// with the beginning-of-sequence token does not get a second one.
+    ///
+    /// # Errors
+    /// As [`LlavaNextVideoProcessor::render_with`] and [`LlavaNextVideoProcessor::process`].
+    pub fn apply_chat_template(
+        &self,
+        conversations: &[Conversation],
+        images: &[Image],
+        videos: &[Video],
+        template: &TemplateOptions,
+        options: &ProcessOptions,
+    ) -> Result<Processed> {
+        let mut texts = Vec::with_capacity(conversations.len());
+        let mut spans = Vec::with_capacity(conversations.len());
+        for conversation in conversations {
+            let rendered = self.render_with(&conversation.messages, template)?;
+            texts.push(rendered.text);
+            spans.push(rendered.assistant_spans);
+        }
+        let bos = self.tokenizer.special_token("bos_token");
+        let has_bos =
+            |text: &String| bos.is_some_and(|bos| !bos.is_empty() && text.starts_with(bos));
+        let options = ProcessOptions {
+            add_special_tokens: options.add_special_tokens && !texts.first().is_some_and(has_bos),
+            ..options.clone()
+        };
+        let (inputs, masks) = self.process_spans(&texts, &spans, images, videos, &options)?;
+        Ok(Processed {
+            inputs,
+            rendered: texts,
+            assistant_masks: template.return_assistant_spans.then_some(masks),
+        })
+    }
+
+    /// The text of ids (`decode`).
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn decode(
+        &self,
+        ids: &[u32],
+        skip_special_tokens: bool,
+        clean_up: Option<bool>,
+    ) -> Result<String> {
+        self.tokenizer.decode(ids, skip_special_tokens, clean_up)
+    }
+
+    /// The text of each row (`batch_decode`).
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn batch_decode(
+        &self,
+        rows: &[Vec<u32>],
+        skip_special_tokens: bool,
+        clean_up: Option<bool>,
+    ) -> Result<Vec<String>> {
+        self.tokenizer
+            .batch_decode(rows, skip_special_tokens, clean_up)
+    }
+
+    /// `batch_decode` without special tokens.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn post_process_image_text_to_text(&self, rows: &[Vec<u32>]) -> Result<Vec<String>> {
+        self.batch_decode(rows, true, None)
+    }
+
+    /// A streaming decoder.
+    pub fn detokenizer(&self, skip_special_tokens: bool) -> Detokenizer {
+        self.tokenizer.detokenizer(skip_special_tokens, None)
+    }
+
+    /// Names of the tensors that tokenizer and image processor make.
+    pub fn model_input_names(&self) -> [&'static str; 4] {
+        ["input_ids", "attention_mask", "pixel_values", "image_sizes"]
+    }
+
+    /// What the processor knows of the model.
+    pub fn facts(&self) -> &ModelFacts {
+        &self.facts
+    }
+
+    /// Placeholder ids of one image: its features, by the reference's formula.
+    pub fn image_tokens(&self, image: &ImageInput) -> usize {
+        let dropped = usize::from(self.vision_feature_select_strategy == "default");
+        (image.layout.feature_tokens() + self.num_additional_image_tokens).saturating_sub(dropped)
+    }
+
+    fn process_spans(
+        &self,
+        texts: &[String],
+        spans: &[Vec<Range<usize>>],
+        images: &[Image],
+        videos: &[Video],
+        options: &ProcessOptions,
+    ) -> Result<(ModelInputs, Vec<Vec<bool>>)> {
+        if texts.is_empty() {
+            return Err(Error::Input(
+                "there is no text to process: give at least one".into(),
+            ));
+        }
+        let encoded = texts
+            .iter()
+            .map(|text| self.encode_checked(text, options.add_special_tokens))
+            .collect::<Result<Vec<_>>>()?;
+        let count = |id: u32| {
+            encoded
+                .iter()
+                .flat_map(|(ids, _)| ids)
+                .filter(|&&i| i == id)
+                .count()
+        };
+        check_count(
+            "image",
+            &self.image_token,
+            count(self.image_token_id),
+            images.len(),
+        )?;
+        check_count(
+            "video",
+            &self.video_token,
+            count(self.video_token_id),
+            videos.len(),
+        )?;
+        let images = self.image_processor.preprocess(images, self.patch_size)?;
+        for image in &images {
+            self.facts.check_layout(&image.layout, image.tiles.size)?;
+        }
+        let videos = self.video_processor.preprocess(videos)?;
+        for video in &videos {
+            self.facts.check_pixels("video", video.frames.size)?;
+        }
+        let lengths = self.placeholder_lengths(&images, &videos)?;
+        let mut lengths = (lengths.0.into_iter(), lengths.1.into_iter());
+        let mut rows: Vec<_> = encoded
+            .into_iter()
+            .zip(spans)
+            .map(|((ids, offsets), spans)| self.expand(&ids, &offsets, spans, &mut lengths))
+            .collect();
+        if let Some(limit) = options.truncate {
+            for (index, row) in rows.iter_mut().enumerate() {
+                self.truncate(row, limit, index)?;
+            }
+        }
+        let side = options.padding_side.unwrap_or(self.tokenizer.padding_side);
+        let pad_id = self.tokenizer.pad_token_id().unwrap_or(0);
+        let (input_ids, attention_mask, masks) = pad(rows, options.padding, side, pad_id)?;
+        let inputs = ModelInputs {
+            input_ids,
+            attention_mask,
+            images,
+            videos,
+        };
+        Ok((inputs, masks))
+    }
+
+    /// Encodes a text and checks that its placeholders became placeholder ids.
+    fn encode_checked(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+    ) -> Result<(Vec<u32>, Vec<tokenizer::CharRange>)> {
+        let (ids, offsets) = self
+            .tokenizer
+            .encode_with_offsets(text, add_special_tokens)?;
+        let kinds = [
+            (&self.image_token, self.image_token_id),
+            (&self.video_token, self.video_token_id),
+        ];
+        for (token, id) in kinds {
+            let written = text.matches(token.as_str()).count();
+            let found = ids.iter().filter(|&&i| i == id).count();
+            if written != found {
+                return Err(Error::Tokenizer(format!(
+                    "the text has {written} x {token}, but the tokenizer makes {found} x id {id} of it: add {token} to \
+                     tokenizer.json as a special token with this id"
+                )));
+            }
+        }
+        Ok((ids, offsets))
+    }
+
+    /// How many ids each image's and each video's placeholder becomes.
+    fn placeholder_lengths(
+        &self,
+        images: &[ImageInput],
+        videos: &[VideoInput],
+    ) -> Result<(Vec<usize>, Vec<usize>)> {
+        let images = images
+            .iter()
+            .map(|image| self.image_tokens(image))
+            .collect();
+        if videos.is_empty() {
+            return Ok((images, vec![]));
+        }
+        let frame = self.facts.tokens_per_frame()?;
+        let videos = videos
+            .iter()
+            .map(|video| video.frames.count * frame)
+            .collect();
+        Ok((images, videos))
+    }
+
+    /// Repeats each placeholder id once a feature vector; without media it stays a single id.
+    fn expand(
+        &self,
+        ids: &[u32],
+        offsets: &[tokenizer::CharRange],
+        spans: &[Range<usize>],
+        lengths: &mut (std::vec::IntoIter<usize>, std::vec::IntoIter<usize>),
+    ) -> Row {
+        let mut row = Row {
+            ids: Vec::with_capacity(ids.len()),
+            assistant: vec![],
+        };
+        for (&id, &(start, end)) in ids.iter().zip(offsets) {
+            let copies = if id == self.image_token_id {
+                lengths.0.next().unwrap_or(1)
+            } else if id == self.video_token_id {
+                lengths.1.next().unwrap_or(1)
+            } else {
+                1
+            };
+            let spoken = spans
+                .iter()
+                .any(|span| start < span.end && end > span.start);
+            row.ids.extend(std::iter::repeat_n(id, copies));
+            row.assistant.extend(std::iter::repeat_n(spoken, copies));
+        }
+        row
+    }
+
+    fn truncate(&self, row: &mut Row, limit: usize, index: usize) -> Result<()> {
+        let Some(cut) = row.ids.get(limit..) else {
+            return Ok(());
+        };
+        for (token, id) in [
+            (&self.image_token, self.image_token_id),
+            (&self.video_token, self.video_token_id),
+        ] {
+            let lost = cut.iter().filter(|&&i| i == id).count();
+            if lost > 0 {
+                return Err(Error::Input(format!(
+                    "cutting row {index} of {} tokens to {limit} would lose {lost} of its {token} placeholders: allow \
+                     more tokens, or do not truncate",
+                    row.ids.len()
+                )));
+            }
+        }
+        row.ids.truncate(limit);
+        row.assistant.truncate(limit);
+        Ok(())
+    }
+}
+
+/// Media without placeholders or placeholders without media.
+fn check_count(what: &str, token: &str, placeholders: usize, given: usize) -> Result<()> {
+    if placeholders == given {
+        return Ok(());
+    }
+    let plural = |n: usize, word: &str| format!("{n} {word}{}", if n == 1 { "" } else { "s" });
+    Err(Error::Input(format!(
+        "the text has {} ({token}), but {} given: give one {what} for each",
+        plural(placeholders, &format!("{what} placeholder")),
+        match given {
+            1 => format!("1 {what} was"),
+            n => format!("{n} {what}s were"),
+        }
+    )))
+}
+
+type Padded = (Vec<Vec<u32>>, Vec<Vec<bool>>, Vec<Vec<bool>>);
+
+/// Ids, attention mask and assistant mask of rows brought to one length.
+fn pad(rows: Vec<Row>, padding: Padding, side: PaddingSide, pad_id: u32) -> Result<Padded> {
+    let longest = rows.iter().map(|row| row.ids.len()).max().unwrap_or(0);
+    let target = match padding {
+        Padding::MaxLength(length) => length.max(longest),
+        Padding::Longest | Padding::No => longest,
+    };
+    if padding == Padding::No && rows.iter().any(|row| row.ids.len() != longest) {
+        return Err(Error::Input(
+            "the rows have different lengths and padding is off: turn padding on, or process them one by one".into(),
+        ));
+    }
+    let (mut ids, mut mask, mut assistant) = (vec![], vec![], vec![]);
+    for row in rows {
+        let real = row.ids.len();
+        ids.push(fill(row.ids, target, pad_id, side));
+        mask.push(fill(vec![true; real], target, false, side));
+        assistant.push(fill(row.assistant, target, false, side));
+    }
+    Ok((ids, mask, assistant))
+}
+
+fn fill<T: Copy>(mut row: Vec<T>, target: usize, with: T, side: PaddingSide) -> Vec<T> {
+    let missing = target.saturating_sub(row.len());
+    match side {
+        PaddingSide::Right => row.resize(row.len() + missing, with),
+        PaddingSide::Left => {
+            row.splice(0..0, std::iter::repeat_n(with, missing));
+        }
+    }
+    row
+}
+
+/// The object under `key` of Transformers 5's `processor_config.json`.
+fn nested<'a>(config: &'a Map<String, Value>, key: &str) -> Option<&'a Map<String, Value>> {
+    config.get(key).and_then(Value::as_object)
+}
+
+fn image_processor(
+    files: &CheckpointFiles,
+    config: &Map<String, Value>,
+    facts: &ModelFacts,
+    notes: &mut Vec<String>,
+) -> Result<LlavaNextImageProcessor> {
+    let arithmetic = Arithmetic::Pillow;
+    if let Some(settings) = nested(config, "image_processor") {
+        let name = files.display("processor_config.json");
+        return LlavaNextImageProcessor::from_json(settings, arithmetic, &name);
+    }
+    let settings = object(files, "preprocessor_config.json")?;
+    if settings.is_empty() {
+        notes.push(format!(
+            "{} has no preprocessor_config.json; the image processor's settings are taken from the model",
+            files.name()
+        ));
+        return Ok(facts.image_processor(arithmetic));
+    }
+    LlavaNextImageProcessor::from_json(
+        &settings,
+        arithmetic,
+        &files.display("preprocessor_config.json"),
+    )
+}
+
+fn video_processor(
+    files: &CheckpointFiles,
+    config: &Map<String, Value>,
+    facts: &ModelFacts,
+) -> Result<LlavaNextVideoVideoProcessor> {
+    let arithmetic = Arithmetic::Torchvision;
+    if let Some(settings) = nested(config, "video_processor") {
+        let name = files.display("processor_config.json");
+        return LlavaNextVideoVideoProcessor::from_json(settings, arithmetic, &name);
+    }
+    for file in ["video_preprocessor_config.json", "preprocessor_config.json"] {
+        let settings = object(files, file)?;
+        if !settings.is_empty() {
+            return LlavaNextVideoVideoProcessor::from_json(
+                &settings,
+                arithmetic,
+                &files.display(file),
+            );
+        }
+    }
+    // Transformers 5 may write the image processor only.
+    if let Some(settings) = nested(config, "image_processor") {
+        let name = files.display("processor_config.json");
+        return LlavaNextVideoVideoProcessor::from_json(settings, arithmetic, &name);
+    }
+    Ok(LlavaNextVideoVideoProcessor {
+        settings: facts.settings(arithmetic),
+        ..LlavaNextVideoVideoProcessor::class_default(arithmetic)
+    })
+}
+
+fn strategy(fields: &Fields<'_>, facts: &ModelFacts) -> Result<String> {
+    match fields.get("vision_feature_select_strategy") {
+        None => Ok(facts.vision_feature_select_strategy.clone()),
+        Some(Value::String(strategy)) if strategy == "default" || strategy == "full" => {
+            Ok(strategy.clone())
+        }
+        Some(value) => Err(fields.wrong(
+            "vision_feature_select_strategy",
+            value,
+            "\"default\" or \"full\"",
+        )),
+    }
+}
+
+fn additional_tokens(
+    fields: &Fields<'_>,
+    facts: &ModelFacts,
+    notes: &mut Vec<String>,
+) -> Result<usize> {
+    let fitting = usize::from(facts.has_cls);
+    let Some(value) = fields.get("num_additional_image_tokens") else {
+        return Ok(fitting);
+    };
+    let number = value.as_u64().filter(|n| *n <= 1 << 16).ok_or_else(|| {
+        fields.wrong("num_additional_image_tokens", value, "a small whole number")
+    })?;
+    if number as usize != fitting {
+        notes.push(format!(
+            "{} says num_additional_image_tokens {number}, but this vision tower adds {fitting}: images will get a wrong \
+             number of placeholders, set it to {fitting}",
+            fields.file
+        ));
+    }
+    Ok(number as usize)
+}
+
+/// The id of a placeholder: the tokenizer's, or the configuration's where the tokenizer has no such token.
+fn token_id(tokenizer: &Tokenizer, token: &str, configured: u32, notes: &mut Vec<String>) -> u32 {
+    match tokenizer.token_to_id(token) {
+        Some(id) => {
+            if id != configured {
+                notes.push(format!(
+                    "the tokenizer gives {token} the id {id}, config.json {configured}; the tokenizer's is used"
+                ));
+            }
+            id
+        }
+        None => {
+            notes.push(format!(
+                "the tokenizer has no token {token}: text cannot refer to such media"
+            ));
+            configured
+        }
+    }
+}

@@ -21,6 +21,8 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod buffer;
+#[cfg(target_arch = "x86_64")]
+mod cpu;
 mod error;
 mod isa;
 mod kv_cache;

@@ -4,6 +4,16 @@
 //! was chosen when the [`Ops`] was made. Nothing is allocated in proportion to the input: kernels work
 //! in scratch that each thread keeps. All threads are rayon's global pool.
 
+/// Returns the fast form, unless the instruction set is scalar; what follows is the slow form.
+macro_rules! fast {
+    ($ops:expr, $fast:expr) => {
+        #[cfg(target_arch = "x86_64")]
+        if $ops.isa != crate::isa::Isa::Scalar {
+            return $fast;
+        }
+    };
+}
+
 mod attention;
 mod linear;
 mod rows;

@@ -10,27 +10,46 @@ use std::time::Instant;
 use rayon::prelude::*;
 
 use crate::isa::Isa;
+use crate::ops::Ops;
 use crate::weight::WeightDtype;
 
 const TRIES: usize = 5;
 
 /// The arithmetic peak of all threads for this weight format, in GFLOP/s (a multiplication and an
-/// addition are two).
+/// addition are two): the matrix product's own register tile over operands in the first-level cache.
+///
+/// # Panics
+/// The processor lacks the instruction set.
 pub fn peak_gflops(isa: Isa, dtype: WeightDtype) -> f64 {
-    let _ = (isa, dtype);
-    let steps = 1 << 20;
-    let run = |_| {
-        let (mut sums, factors) = ([0.0f32; 64], black_box([0.5f32; 64]));
-        for _ in 0..steps {
-            sums.iter_mut()
-                .zip(&factors)
-                .for_each(|(sum, factor)| *sum = *sum * factor + factor);
-        }
-        black_box(sums);
-    };
+    Ops::with_isa(isa);
     let threads = rayon::current_num_threads();
-    let seconds = best(|| (0..threads).into_par_iter().for_each(run));
-    (threads * steps * 64 * 2) as f64 / seconds / 1e9
+    let mut operations = 0;
+    let seconds = best(|| {
+        let run = |_| spin(isa, dtype, SPINS);
+        operations = (0..threads).into_par_iter().map(run).sum::<usize>();
+    });
+    operations as f64 / seconds / 1e9
+}
+
+/// Tiles of one measurement: some ten milliseconds.
+const SPINS: usize = 20_000;
+
+fn spin(isa: Isa, dtype: WeightDtype, times: usize) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if isa != Isa::Scalar {
+        let spun = crate::cpu::gemm::spin(isa, dtype, times);
+        black_box(spun.sum);
+        return spun.operations;
+    }
+    let _ = dtype;
+    let (mut sums, factors) = ([0.0f32; 32], black_box([0.5f32; 32]));
+    for _ in 0..times {
+        sums.iter_mut()
+            .zip(&factors)
+            .for_each(|(sum, factor)| *sum += *factor * *factor);
+        black_box(&mut sums);
+    }
+    2 * sums.len() * times
 }
 
 /// The bandwidth at which all threads together read memory, in GB/s (10⁹ bytes). Reads 1 GiB, far more
@@ -49,7 +68,7 @@ pub fn read_bandwidth_gbs() -> f64 {
     size_of_val(&data[..]) as f64 / seconds / 1e9
 }
 
-fn best(run: impl Fn()) -> f64 {
+fn best(mut run: impl FnMut()) -> f64 {
     let time = |_| {
         let start = Instant::now();
         run();

@@ -27,11 +27,8 @@ impl Loader<'_> {
     pub fn matrix(&self, names: &[(String, usize)], k: usize) -> Result<Weight> {
         let mut parts = Vec::with_capacity(names.len());
         for (name, n) in names {
-            let view = self.checkpoint.tensor(name, &[*n, k])?;
-            parts.push(WeightPart {
-                data: view.data,
-                n: *n,
-            });
+            let data = self.checkpoint.tensor(name, &[*n, k])?;
+            parts.push(WeightPart { data, n: *n });
         }
         self.pack(&parts, k)
     }
@@ -59,7 +56,7 @@ impl Loader<'_> {
     /// The values of any tensor, rounded to the model's type.
     pub fn rounded(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         let mut values = self.checkpoint.values(name, shape)?;
-        (self.progress)(stored_bytes(&self.checkpoint.tensor(name, shape)?.data));
+        (self.progress)(stored_bytes(&self.checkpoint.tensor(name, shape)?));
         match self.dtype {
             Dtype::F32 => {}
             Dtype::Bf16 => {

@@ -278,17 +278,11 @@ fn load_patch_embedding(loader: &Loader<'_>, vision: &VisionConfig) -> Result<Li
     const NAME: &str = "vision_tower.embeddings.patch_embedding";
     let (d, p) = (vision.hidden_size, vision.patch_size);
     let shape = [d, vision.num_channels, p, p];
-    let view = loader
+    let data = loader
         .checkpoint
         .tensor(&format!("{NAME}.weight"), &shape)?;
     let k = vision.num_channels * p * p;
-    let weight = loader.pack(
-        &[WeightPart {
-            data: view.data,
-            n: d,
-        }],
-        k,
-    )?;
+    let weight = loader.pack(&[WeightPart { data, n: d }], k)?;
     let bias = match vision.has_class_token() {
         true => None,
         false => Some(loader.vector(&format!("{NAME}.bias"), d)?),

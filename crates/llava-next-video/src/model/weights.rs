@@ -2,7 +2,7 @@
 //!
 //! Published files come in four spellings (4.42-4.51, 4.52+, 5.x, and the research code's); a key is
 //! brought to one canonical form when the index is read, and the rest of the program knows no other.
-//! Nothing is copied here: a [`TensorView`] borrows the mapped bytes, and packing reads them once.
+//! Nothing is copied here: [`WeightData`] borrows the mapped bytes, and packing reads them once.
 //! Pickled `.bin` weights are refused: reading one means running the program inside it.
 
 use std::collections::HashMap;
@@ -12,7 +12,7 @@ use lnv_kernels::WeightData;
 use memmap2::Mmap;
 use safetensors::tensor::{Dtype as StoredDtype, Metadata, SafeTensors};
 
-use crate::config::{CheckpointFiles, Dtype};
+use crate::config::{CheckpointFiles, Dtype, LlavaNextVideoConfig};
 use crate::error::{Error, Result};
 
 /// The largest header of a safetensors file; the format's own limit.
@@ -29,6 +29,8 @@ const INDEX: &str = "model.safetensors.index.json";
 pub struct Checkpoint {
     shards: Vec<Shard>,
     entries: HashMap<String, Entry>,
+    /// Random bf16 values that stand for every tensor of a synthetic checkpoint.
+    noise: Option<Vec<u8>>,
 }
 
 #[derive(Debug)]
@@ -62,15 +64,6 @@ struct Entry {
     end: usize,
 }
 
-/// One tensor as it lies in its file: little-endian, row-major, perhaps unaligned.
-#[derive(Debug, Clone, Copy)]
-pub struct TensorView<'a> {
-    /// Its bytes and their type.
-    pub data: WeightData<'a>,
-    /// Its dimensions.
-    pub shape: &'a [usize],
-}
-
 /// What is known of a tensor without reading it.
 #[derive(Debug, Clone)]
 pub struct TensorInfo {
@@ -94,6 +87,7 @@ impl Checkpoint {
         let mut checkpoint = Self {
             shards: Vec::new(),
             entries: HashMap::new(),
+            noise: None,
         };
         match files {
             CheckpointFiles::Embedded(list) => {
@@ -118,6 +112,34 @@ impl Checkpoint {
             )));
         }
         Ok(checkpoint)
+    }
+
+    /// A checkpoint of random bf16 weights for measurements. Every tensor is the beginning of one
+    /// stretch of noise, so that no more than the largest is ever in memory twice.
+    pub fn synthetic(config: &LlavaNextVideoConfig) -> Self {
+        let (text, vision) = (&config.text_config, &config.vision_config);
+        let largest = [
+            text.vocab_size * text.hidden_size,
+            text.intermediate_size * text.hidden_size,
+            text.qkv_rows() * text.hidden_size,
+            vision.intermediate_size * vision.hidden_size,
+            vision.tokens() * vision.hidden_size,
+            vision.hidden_size * vision.num_channels * vision.patch_size.pow(2),
+        ];
+        let values = largest.into_iter().max().unwrap_or(0);
+        let mut state = 0x2545_f491_u32;
+        let mut noise = Vec::with_capacity(2 * values);
+        for _ in 0..values {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            // Uniform within 0.035 of zero: a spread of 0.02, as such models are initialised.
+            let value = ((state >> 8) as f32 / (1 << 23) as f32 - 1.0) * 0.035;
+            noise.extend_from_slice(&half::bf16::from_f32(value).to_le_bytes());
+        }
+        Self {
+            shards: Vec::new(),
+            entries: HashMap::new(),
+            noise: Some(noise),
+        }
     }
 
     fn add(&mut self, shard: Shard) -> Result<()> {
@@ -154,7 +176,12 @@ impl Checkpoint {
     ///
     /// # Errors
     /// It is missing, has another shape (both are named, and the file), or is not made of floats.
-    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<TensorView<'_>> {
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<WeightData<'_>> {
+        if let Some(noise) = &self.noise {
+            return Ok(WeightData::Bf16(
+                &noise[..2 * shape.iter().product::<usize>()],
+            ));
+        }
         let Some(entry) = self.entries.get(name) else {
             return Err(Error::Checkpoint(format!(
                 "the checkpoint has no tensor {name} (in {}); config.json asks for one of shape \
@@ -171,21 +198,15 @@ impl Checkpoint {
             )));
         }
         let bytes = &shard.bytes()[entry.start..entry.end];
-        let data = match entry.dtype {
-            StoredDtype::F32 => WeightData::F32(bytes),
-            StoredDtype::BF16 => WeightData::Bf16(bytes),
-            StoredDtype::F16 => WeightData::F16(bytes),
-            other => {
-                return Err(Error::Checkpoint(format!(
-                    "tensor {} in {} is stored as {other:?}; supported are F32, BF16 and F16",
-                    entry.stored_name, shard.name
-                )));
-            }
-        };
-        Ok(TensorView {
-            data,
-            shape: &entry.shape,
-        })
+        match entry.dtype {
+            StoredDtype::F32 => Ok(WeightData::F32(bytes)),
+            StoredDtype::BF16 => Ok(WeightData::Bf16(bytes)),
+            StoredDtype::F16 => Ok(WeightData::F16(bytes)),
+            other => Err(Error::Checkpoint(format!(
+                "tensor {} in {} is stored as {other:?}; supported are F32, BF16 and F16",
+                entry.stored_name, shard.name
+            ))),
+        }
     }
 
     /// The tensor `name` as f32 values.
@@ -193,7 +214,7 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::tensor`].
     pub fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        Ok(widen(self.tensor(name, shape)?.data))
+        Ok(widen(self.tensor(name, shape)?))
     }
 
     /// The type that most bytes of the weights are stored in.

@@ -2,6 +2,8 @@
 
 use super::{Ops, require};
 use crate::buffer::Buffer;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu;
 use crate::kv_cache::{Heads, KV_BLOCK, KvCache, Slot};
 use crate::reference;
 
@@ -74,6 +76,16 @@ impl Ops {
                 "rope_write_kv: offset {offset} in a block. This is a bug."
             );
         }
+        fast!(
+            self,
+            cpu::rope::rope_write_kv(
+                self.isa,
+                qkv,
+                (cos_sin, heads),
+                cache.layer_mut(layer),
+                slots
+            )
+        );
         reference::rope_write_kv(qkv, cos_sin, heads, cache.layer_mut(layer), slots);
     }
 
@@ -95,7 +107,12 @@ impl Ops {
         check_attention("paged_attention", qkv, shape.heads, out);
         check_cache("paged_attention", cache, shape.heads, layer);
         check_spans("paged_attention", cache, spans, shape, qkv.rows());
-        reference::paged_attention(qkv, cache.layer(layer), spans, shape, out);
+        let cache = cache.layer(layer);
+        fast!(
+            self,
+            cpu::attention::paged_attention(self.isa, qkv, cache, (spans, shape), out)
+        );
+        reference::paged_attention(qkv, cache, spans, shape, out);
     }
 
     /// The same with whole softmax rows, which are also returned: for each span the weights
@@ -142,6 +159,10 @@ impl Ops {
             "rows beyond whole segments",
             qkv.rows() % len,
             0,
+        );
+        fast!(
+            self,
+            cpu::attention::full_attention(self.isa, qkv, (len, heads, scale), out)
         );
         reference::full_attention(qkv, len, heads, scale, out);
     }

@@ -2,6 +2,8 @@
 
 use super::{Activation, Ops, require, require_below};
 use crate::buffer::{Buffer, Vector};
+#[cfg(target_arch = "x86_64")]
+use crate::cpu;
 use crate::reference;
 use crate::weight::Weight;
 
@@ -34,6 +36,7 @@ impl Ops {
         if let Some(bias) = bias {
             require("linear", "values of bias", bias.len(), w.n());
         }
+        fast!(self, cpu::gemm::linear(self.isa, x, w, (bias, then), out));
         reference::linear(x, w, bias, then, out);
     }
 

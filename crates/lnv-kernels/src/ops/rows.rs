@@ -2,6 +2,8 @@
 
 use super::{Activation, Ops, require, require_below};
 use crate::buffer::{Buffer, Vector};
+#[cfg(target_arch = "x86_64")]
+use crate::cpu;
 use crate::reference;
 
 impl Ops {
@@ -12,6 +14,7 @@ impl Ops {
     pub fn rms_norm(&self, x: &Buffer, weight: &Vector, eps: f32, out: &mut Buffer) {
         require("rms_norm", "values of weight", weight.len(), x.cols());
         require_same("rms_norm", x, out);
+        fast!(self, cpu::norm::rms_norm(self.isa, x, weight, eps, out));
         reference::rms_norm(x, weight, eps, out);
     }
 
@@ -31,6 +34,10 @@ impl Ops {
         require("layer_norm", "values of weight", weight.len(), x.cols());
         require("layer_norm", "values of bias", bias.len(), x.cols());
         require_same("layer_norm", x, out);
+        fast!(
+            self,
+            cpu::norm::layer_norm(self.isa, x, (weight, bias), eps, out)
+        );
         reference::layer_norm(x, weight, bias, eps, out);
     }
 
@@ -51,11 +58,13 @@ impl Ops {
             out.rows(),
             gate_up.rows(),
         );
+        fast!(self, cpu::activation::gated(self.isa, gate_up, act, out));
         reference::gated_activation(gate_up, act, out);
     }
 
     /// `x = act(x)`, value by value.
     pub fn activate(&self, x: &mut Buffer, act: Activation) {
+        fast!(self, cpu::activation::activate(self.isa, x, act));
         reference::activate(x, act);
     }
 

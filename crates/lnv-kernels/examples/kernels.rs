@@ -1,0 +1,261 @@
+//! The speed of each kernel at the 7B model's shapes, as a share of what the machine can do.
+//!
+//! `cargo run --release -p lnv-kernels --example kernels [filter]`; `LNV_ISA` and `LNV_THREADS` apply.
+//! Best of several runs, against probes of the same minute: on a shared machine only ratios of figures
+//! of one run mean something.
+
+use std::time::Instant;
+
+use lnv_kernels::{
+    Activation, AttentionShape, Device, Epilogue, Heads, KV_BLOCK, KernelError, KvCache, Ops, Slot,
+    Span, Vector, Weight, WeightData, WeightDtype, WeightPart, probe,
+};
+
+struct Bench {
+    ops: Ops,
+    filter: String,
+    bandwidth: f64,
+}
+
+fn main() -> Result<(), KernelError> {
+    let ops = Ops::new(Device::Cpu)?;
+    let filter = std::env::args().nth(1).unwrap_or_default();
+    let bandwidth = probe::read_bandwidth_gbs();
+    println!(
+        "{} on {} threads; reads {bandwidth:.1} GB/s",
+        ops.isa(),
+        ops.threads()
+    );
+    let bench = Bench {
+        ops,
+        filter,
+        bandwidth,
+    };
+    for dtype in [WeightDtype::Bf16, WeightDtype::F32, WeightDtype::F16] {
+        bench.products(dtype)?;
+    }
+    bench.attention();
+    bench.rows();
+    Ok(())
+}
+
+impl Bench {
+    fn products(&self, dtype: WeightDtype) -> Result<(), KernelError> {
+        for (n, k) in [(11008, 4096), (4096, 11008), (12288, 4096)] {
+            let name = |rows: usize| format!("linear {dtype:?} {rows}x{k}x{n}");
+            let sizes = [1152, 64, 24, 12, 8, 4, 2, 1];
+            let wanted: Vec<usize> = sizes
+                .into_iter()
+                .filter(|rows| name(*rows).contains(&self.filter))
+                .collect();
+            if wanted.is_empty() {
+                continue;
+            }
+            let peak = probe::peak_gflops(self.ops.isa(), dtype);
+            let w = self.weight(n, k, dtype)?;
+            for rows in wanted {
+                let x = self.ops.upload(rows, k, &noise(rows * k));
+                let mut out = self.ops.buffer(rows, n);
+                let add = Epilogue::Add;
+                let seconds = best(|| self.ops.linear(&x, &w, None, add, &mut out));
+                let gflops = 2.0 * (rows * n * k) as f64 / seconds / 1e9;
+                let gbs = w.bytes() as f64 / seconds / 1e9;
+                println!(
+                    "{:34} {:9.3} ms {gflops:7.1} GFLOP/s {:3.0} % of {peak:.0}, {gbs:5.1} GB/s {:3.0} %",
+                    name(rows),
+                    seconds * 1e3,
+                    100.0 * gflops / peak,
+                    100.0 * gbs / self.bandwidth
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn weight(&self, n: usize, k: usize, dtype: WeightDtype) -> Result<Weight, KernelError> {
+        let bytes: Vec<u8> = noise(n * k)
+            .iter()
+            .flat_map(|v| v.to_bits().to_le_bytes()[2..].to_vec())
+            .collect();
+        let start = Instant::now();
+        let weight = self.ops.pack(
+            &[WeightPart {
+                data: WeightData::Bf16(&bytes),
+                n,
+            }],
+            k,
+            dtype,
+        );
+        let rate = bytes.len() as f64 / start.elapsed().as_secs_f64() / 1e9;
+        println!("pack {dtype:?} {n}x{k}: reads {rate:.1} GB/s");
+        weight
+    }
+
+    fn attention(&self) {
+        let peak = probe::peak_gflops(self.ops.isa(), WeightDtype::F32);
+        let report = |name: &str, operations: usize, bytes: usize, seconds: f64| {
+            let gflops = operations as f64 / seconds / 1e9;
+            let gbs = bytes as f64 / seconds / 1e9;
+            println!(
+                "{name:34} {:9.3} ms {gflops:7.1} GFLOP/s {:3.0} % of {peak:.0}, {gbs:5.1} GB/s {:3.0} %",
+                seconds * 1e3,
+                100.0 * gflops / peak,
+                100.0 * gbs / self.bandwidth
+            );
+        };
+        let vit = Heads {
+            heads: 16,
+            kv_heads: 16,
+            head_dim: 64,
+        };
+        if self.wants("full_attention") {
+            let qkv = self
+                .ops
+                .upload(8 * 577, vit.qkv_cols(), &noise(8 * 577 * vit.qkv_cols()));
+            let mut out = self.ops.buffer(8 * 577, 1024);
+            let seconds = best(|| self.ops.full_attention(&qkv, 577, vit, 0.125, &mut out));
+            report(
+                "full_attention 8x577, 16x64",
+                8 * 577 * 577 * 4 * 1024,
+                0,
+                seconds,
+            );
+        }
+        for (kv_heads, q_len, kv_len) in [
+            (32, 1190, 1190_usize),
+            (8, 1190, 1190),
+            (32, 1, 1190),
+            (8, 1, 8192),
+            (32, 1, 8192),
+        ] {
+            let heads = Heads {
+                heads: 32,
+                kv_heads,
+                head_dim: 128,
+            };
+            let name = format!("paged_attention {q_len}/{kv_len} 32/{kv_heads}x128");
+            if !self.wants(&name) {
+                continue;
+            }
+            let blocks: Vec<u32> = (0..kv_len.div_ceil(KV_BLOCK) as u32).collect();
+            let mut cache = KvCache::new(1, heads, blocks.len());
+            self.fill(&mut cache, heads, kv_len);
+            let qkv = self
+                .ops
+                .upload(q_len, heads.qkv_cols(), &noise(q_len * heads.qkv_cols()));
+            let mut out = self.ops.buffer(q_len, 4096);
+            let spans = [Span {
+                q_start: 0,
+                q_len,
+                kv_len,
+                blocks: &blocks,
+            }];
+            let shape = AttentionShape {
+                heads,
+                scale: 0.088,
+                window: None,
+            };
+            let run = || {
+                self.ops
+                    .paged_attention(&qkv, &cache, 0, &spans, &shape, &mut out)
+            };
+            let pairs = q_len * (kv_len - q_len) + q_len * (q_len + 1) / 2;
+            report(&name, pairs * 4 * 4096, cache.bytes(), best(run));
+        }
+    }
+
+    fn fill(&self, cache: &mut KvCache, heads: Heads, tokens: usize) {
+        let mut qkv = self
+            .ops
+            .upload(tokens, heads.qkv_cols(), &noise(tokens * heads.qkv_cols()));
+        let angles = self
+            .ops
+            .upload(tokens, heads.head_dim, &noise(tokens * heads.head_dim));
+        let slot = |i| Slot {
+            block: (i / KV_BLOCK) as u32,
+            offset: (i % KV_BLOCK) as u32,
+        };
+        let slots: Vec<Slot> = (0..tokens).map(slot).collect();
+        self.ops
+            .rope_write_kv(&mut qkv, &angles, heads, cache, 0, &slots);
+    }
+
+    fn rows(&self) {
+        let report = |name: &str, bytes: usize, seconds: f64| {
+            let gbs = bytes as f64 / seconds / 1e9;
+            println!("{name:34} {:9.3} ms {gbs:6.1} GB/s", seconds * 1e3);
+        };
+        let x = self.ops.upload(1190, 4096, &noise(1190 * 4096));
+        let weight = Vector::new(noise(4096));
+        let mut out = self.ops.buffer(1190, 4096);
+        if self.wants("rms_norm 1190x4096") {
+            let seconds = best(|| self.ops.rms_norm(&x, &weight, 1e-5, &mut out));
+            report("rms_norm 1190x4096", 2 * 1190 * 4096 * 4, seconds);
+        }
+        if self.wants("layer_norm 1190x4096") {
+            let seconds = best(|| self.ops.layer_norm(&x, &weight, &weight, 1e-5, &mut out));
+            report("layer_norm 1190x4096", 2 * 1190 * 4096 * 4, seconds);
+        }
+        if self.wants("gated silu 1190x11008") {
+            let gate_up = self.ops.upload(1190, 22016, &noise(1190 * 22016));
+            let mut out = self.ops.buffer(1190, 11008);
+            let seconds = best(|| {
+                self.ops
+                    .gated_activation(&gate_up, Activation::Silu, &mut out)
+            });
+            report("gated silu 1190x11008", 3 * 1190 * 11008 * 4, seconds);
+        }
+        if self.wants("rope_write_kv 1190, 32x128") {
+            let heads = Heads {
+                heads: 32,
+                kv_heads: 32,
+                head_dim: 128,
+            };
+            let mut cache = KvCache::new(1, heads, 1190_usize.div_ceil(KV_BLOCK));
+            let mut qkv = self
+                .ops
+                .upload(1190, heads.qkv_cols(), &noise(1190 * heads.qkv_cols()));
+            let angles = self.ops.upload(1190, 128, &noise(1190 * 128));
+            let slot = |i| Slot {
+                block: (i / KV_BLOCK) as u32,
+                offset: (i % KV_BLOCK) as u32,
+            };
+            let slots: Vec<Slot> = (0..1190).map(slot).collect();
+            let run = || {
+                self.ops
+                    .rope_write_kv(&mut qkv, &angles, heads, &mut cache, 0, &slots)
+            };
+            report(
+                "rope_write_kv 1190, 32x128",
+                1190 * heads.qkv_cols() * 4 * 2,
+                best(run),
+            );
+        }
+    }
+
+    fn wants(&self, name: &str) -> bool {
+        name.contains(&self.filter)
+    }
+}
+
+/// The best of a second's runs, after one to warm up.
+fn best(mut run: impl FnMut()) -> f64 {
+    run();
+    let (begin, mut best) = (Instant::now(), f64::INFINITY);
+    while begin.elapsed().as_secs_f64() < 1.0 {
+        let start = Instant::now();
+        run();
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    best
+}
+
+/// Values between -0.5 and 0.5 that repeat at no power of two.
+fn noise(len: usize) -> Vec<f32> {
+    let mut state = 0x2545_f491_u32;
+    let next = |_| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / (1 << 24) as f32 - 0.5
+    };
+    (0..len).map(next).collect()
+}

@@ -1,0 +1,37 @@
+//! The fast kernels of x86-64.
+//!
+//! Decision: kernels are written once over [`simd::Simd`], a register of f32 lanes, and compiled for
+//! each instruction set; only the inner step of a matrix product, which knows the weight's format, is
+//! written per instruction set (`formats`). A value of a `Simd` type is the proof that the processor
+//! has it, so register arithmetic is safe code and `unsafe` is left for raw memory.
+
+#![allow(unsafe_code)]
+
+pub(crate) mod activation;
+pub(crate) mod attention;
+pub(crate) mod formats;
+pub(crate) mod gemm;
+pub(crate) mod norm;
+pub(crate) mod rope;
+pub(crate) mod scratch;
+pub(crate) mod simd;
+mod small;
+
+use rayon::prelude::*;
+
+/// Values below which waking other threads costs more than it brings.
+const SERIAL: usize = 1 << 14;
+
+/// Runs `work` on each row of `out` and its index, in parallel if that pays.
+fn each_row(out: &mut [f32], cols: usize, work: impl Fn(usize, &mut [f32]) + Send + Sync) {
+    let serial = out.len() <= SERIAL;
+    if serial {
+        out.chunks_exact_mut(cols)
+            .enumerate()
+            .for_each(|(index, row)| work(index, row));
+    } else {
+        out.par_chunks_exact_mut(cols)
+            .enumerate()
+            .for_each(|(index, row)| work(index, row));
+    }
+}

@@ -1,0 +1,1 @@
+"""Goldens of single functions. Each module has make(folder)."""

@@ -8,17 +8,18 @@ use llava_next_video::processor::ModelFacts;
 use llava_next_video::processor::inputs::ModelInputs;
 use llava_next_video::processor::tensors::TensorInputs;
 
+// The facts of the golden checkpoints, whose inputs are the seeds.
 fuzz_target!(|bytes: &[u8]| {
     let facts = ModelFacts {
         text_model_type: "llama".into(),
-        image_size: 28,
-        patch_size: 14,
+        image_size: 20,
+        patch_size: 5,
         has_cls: true,
         vision_feature_select_strategy: "default".into(),
-        image_token_id: 5,
-        video_token_id: 4,
+        image_token_id: 348,
+        video_token_id: 347,
         spatial_pool_stride: 2,
-        image_grid_pinpoints: vec![ImageSize::new(28, 56), ImageSize::new(56, 28)],
+        image_grid_pinpoints: vec![ImageSize::new(20, 40), ImageSize::new(40, 20)],
     };
     let Ok(TensorInputs { inputs, .. }) = ModelInputs::from_safetensors(bytes, &facts) else {
         return;

@@ -23,4 +23,8 @@ pub mod model;
 
 pub mod engine;
 
+pub use config::LlavaNextVideoConfig;
+pub use engine::Engine;
 pub use error::{Error, Result};
+pub use model::LlavaNextVideoModel;
+pub use processor::LlavaNextVideoProcessor;

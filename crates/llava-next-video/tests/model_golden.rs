@@ -19,7 +19,11 @@ use safetensors::SafeTensors;
 const F32_TOLERANCE: f32 = 2e-4;
 
 fn golden() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/golden")
+    // Held-out data of the same format: tools/golden/random_case.py --seed N --out DIR.
+    match std::env::var_os("LNV_GOLDEN") {
+        Some(directory) => directory.into(),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/golden"),
+    }
 }
 
 fn f32s(t: &safetensors::tensor::TensorView<'_>) -> Vec<f32> {

@@ -1,2 +1,115 @@
-//! `lnv`.
-fn main() {}
+//! `lnv`: ask questions about videos and images.
+//!
+//! Answers go to stdout, everything else to stderr. Exit status: 0; 1 with one plain sentence on
+//! stderr; 2 for a misuse of the command line.
+
+mod args;
+mod ask;
+mod bench;
+mod chat;
+mod checkpoint;
+mod fetch;
+mod forward;
+mod generate;
+mod inspect;
+mod media;
+mod model;
+mod output;
+mod pipeline;
+mod process;
+mod progress;
+mod stream;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{CommandFactory, FromArgMatches};
+
+use args::{Cli, Command};
+
+fn main() -> ExitCode {
+    quiet_panics();
+    let matches = Cli::command().get_matches();
+    let cli = match Cli::from_arg_matches(&matches) {
+        Ok(cli) => cli,
+        Err(error) => error.exit(),
+    };
+    start_log();
+    let order = matches
+        .subcommand()
+        .map(|(_, sub)| pipeline::media_order(sub))
+        .unwrap_or_default();
+    match std::panic::catch_unwind(|| run(&cli, order)) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) if error.is::<output::ReaderGone>() => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
+            eprintln!("error: {}", sentence(&error));
+            ExitCode::FAILURE
+        }
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn run(cli: &Cli, order: Vec<pipeline::NamedMedium>) -> Result<()> {
+    match &cli.command {
+        Command::Ask(args) => ask::run(args, order),
+        Command::Chat(args) => chat::run(args, order),
+        Command::Generate(args) => generate::run(args),
+        Command::Process(args) => process::run(args),
+        Command::Forward(args) => forward::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::Inspect(args) => inspect::run(args),
+    }
+}
+
+/// The error with its causes as one sentence, each said once.
+fn sentence(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        let line = cause
+            .lines()
+            .next()
+            .unwrap_or_default()
+            .trim_end_matches('.');
+        if text.contains(line) {
+            continue;
+        }
+        if !text.is_empty() {
+            text += ": ";
+        }
+        text += line;
+    }
+    text
+}
+
+/// A panic is a bug of ours; a person gets a sentence, not a backtrace.
+fn quiet_panics() {
+    std::panic::set_hook(Box::new(|info| {
+        let what = info.payload();
+        let message = what
+            .downcast_ref::<&str>()
+            .map(|s| (*s).to_owned())
+            .or_else(|| what.downcast_ref::<String>().cloned())
+            .unwrap_or_default();
+        let place = info
+            .location()
+            .map(|l| format!("{}:{}", l.file(), l.line()));
+        eprintln!(
+            "error: lnv ran into a bug of its own ({message}, {}): please report it with the command",
+            place.unwrap_or_default()
+        );
+    }));
+}
+
+/// `LNV_LOG=debug` shows what the library says.
+fn start_log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("LNV_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .without_time()
+        .with_target(false)
+        .try_init();
+}

@@ -2,7 +2,8 @@
 //!
 //! `cargo run --release -p lnv-kernels --example kernels [filter]`; `LNV_ISA` and `LNV_THREADS` apply.
 //! Best of several runs, against probes of the same minute: on a shared machine only ratios of figures
-//! of one run mean something.
+//! of one run mean something. Products and attention also tell what they would reach undisturbed, by
+//! the processor time that they took (Linux).
 
 use std::time::Instant;
 
@@ -57,16 +58,8 @@ impl Bench {
                 let x = self.ops.upload(rows, k, &noise(rows * k));
                 let mut out = self.ops.buffer(rows, n);
                 let add = Epilogue::Add;
-                let seconds = best(|| self.ops.linear(&x, &w, None, add, &mut out));
-                let gflops = 2.0 * (rows * n * k) as f64 / seconds / 1e9;
-                let gbs = w.bytes() as f64 / seconds / 1e9;
-                println!(
-                    "{:34} {:9.3} ms {gflops:7.1} GFLOP/s {:3.0} % of {peak:.0}, {gbs:5.1} GB/s {:3.0} %",
-                    name(rows),
-                    seconds * 1e3,
-                    100.0 * gflops / peak,
-                    100.0 * gbs / self.bandwidth
-                );
+                let time = best(|| self.ops.linear(&x, &w, None, add, &mut out));
+                self.report(&name(rows), (2 * rows * n * k, w.bytes()), peak, time);
             }
         }
         Ok(())
@@ -77,7 +70,7 @@ impl Bench {
             .iter()
             .flat_map(|v| v.to_bits().to_le_bytes()[2..].to_vec())
             .collect();
-        let start = Instant::now();
+        let (start, cpu) = (Instant::now(), cpu_seconds());
         let weight = self.ops.pack(
             &[WeightPart {
                 data: WeightData::Bf16(&bytes),
@@ -86,23 +79,18 @@ impl Bench {
             k,
             dtype,
         );
-        let rate = bytes.len() as f64 / start.elapsed().as_secs_f64() / 1e9;
-        println!("pack {dtype:?} {n}x{k}: reads {rate:.1} GB/s");
+        let cpu = (cpu_seconds() - cpu) / self.ops.threads() as f64;
+        let gigabytes = bytes.len() as f64 / 1e9;
+        println!(
+            "pack {dtype:?} {n}x{k}: reads {:.1} GB/s ({:.1} alone)",
+            gigabytes / start.elapsed().as_secs_f64(),
+            gigabytes / cpu
+        );
         weight
     }
 
     fn attention(&self) {
         let peak = probe::peak_gflops(self.ops.isa(), WeightDtype::F32);
-        let report = |name: &str, operations: usize, bytes: usize, seconds: f64| {
-            let gflops = operations as f64 / seconds / 1e9;
-            let gbs = bytes as f64 / seconds / 1e9;
-            println!(
-                "{name:34} {:9.3} ms {gflops:7.1} GFLOP/s {:3.0} % of {peak:.0}, {gbs:5.1} GB/s {:3.0} %",
-                seconds * 1e3,
-                100.0 * gflops / peak,
-                100.0 * gbs / self.bandwidth
-            );
-        };
         let vit = Heads {
             heads: 16,
             kv_heads: 16,
@@ -113,13 +101,9 @@ impl Bench {
                 .ops
                 .upload(8 * 577, vit.qkv_cols(), &noise(8 * 577 * vit.qkv_cols()));
             let mut out = self.ops.buffer(8 * 577, 1024);
-            let seconds = best(|| self.ops.full_attention(&qkv, 577, vit, 0.125, &mut out));
-            report(
-                "full_attention 8x577, 16x64",
-                8 * 577 * 577 * 4 * 1024,
-                0,
-                seconds,
-            );
+            let time = best(|| self.ops.full_attention(&qkv, 577, vit, 0.125, &mut out));
+            let work = (8 * 577 * 577 * 4 * 1024, 0);
+            self.report("full_attention 8x577, 16x64", work, peak, time);
         }
         for (kv_heads, q_len, kv_len) in [
             (32, 1190, 1190_usize),
@@ -160,7 +144,7 @@ impl Bench {
                     .paged_attention(&qkv, &cache, 0, &spans, &shape, &mut out)
             };
             let pairs = q_len * (kv_len - q_len) + q_len * (q_len + 1) / 2;
-            report(&name, pairs * 4 * 4096, cache.bytes(), best(run));
+            self.report(&name, (pairs * 4 * 4096, cache.bytes()), peak, best(run));
         }
     }
 
@@ -181,7 +165,8 @@ impl Bench {
     }
 
     fn rows(&self) {
-        let report = |name: &str, bytes: usize, seconds: f64| {
+        let report = |name: &str, bytes: usize, time: Time| {
+            let seconds = time.wall;
             let gbs = bytes as f64 / seconds / 1e9;
             println!("{name:34} {:9.3} ms {gbs:6.1} GB/s", seconds * 1e3);
         };
@@ -233,21 +218,61 @@ impl Bench {
         }
     }
 
+    fn report(&self, name: &str, (operations, bytes): (usize, usize), peak: f64, time: Time) {
+        let gflops = operations as f64 / time.wall / 1e9;
+        let alone = operations as f64 / (time.cpu / self.ops.threads() as f64) / 1e9;
+        let gbs = bytes as f64 / time.wall / 1e9;
+        println!(
+            "{name:34} {:9.3} ms {gflops:6.1} GFLOP/s {:3.0} % ({alone:6.1} alone: {:3.0} %) of {peak:.0}, \
+             {gbs:5.1} GB/s {:3.0} %",
+            time.wall * 1e3,
+            100.0 * gflops / peak,
+            100.0 * alone / peak,
+            100.0 * gbs / self.bandwidth
+        );
+    }
+
     fn wants(&self, name: &str) -> bool {
         name.contains(&self.filter)
     }
 }
 
+/// Seconds: on the clock, and of all threads' processor time.
+#[derive(Clone, Copy)]
+struct Time {
+    wall: f64,
+    cpu: f64,
+}
+
 /// The best of a second's runs, after one to warm up.
-fn best(mut run: impl FnMut()) -> f64 {
+fn best(mut run: impl FnMut()) -> Time {
     run();
-    let (begin, mut best) = (Instant::now(), f64::INFINITY);
+    let (begin, mut best) = (
+        Instant::now(),
+        Time {
+            wall: f64::INFINITY,
+            cpu: f64::INFINITY,
+        },
+    );
     while begin.elapsed().as_secs_f64() < 1.0 {
-        let start = Instant::now();
+        let (start, cpu) = (Instant::now(), cpu_seconds());
         run();
-        best = best.min(start.elapsed().as_secs_f64());
+        best.wall = best.wall.min(start.elapsed().as_secs_f64());
+        best.cpu = best.cpu.min(cpu_seconds() - cpu);
     }
     best
+}
+
+/// Processor time of all threads so far; no number where the system does not tell.
+fn cpu_seconds() -> f64 {
+    let Ok(tasks) = std::fs::read_dir("/proc/self/task") else {
+        return f64::NAN;
+    };
+    let time = |task: std::fs::DirEntry| {
+        let text = std::fs::read_to_string(task.path().join("schedstat")).ok()?;
+        text.split_whitespace().next()?.parse::<f64>().ok()
+    };
+    tasks.flatten().filter_map(time).sum::<f64>() / 1e9
 }
 
 /// Values between -0.5 and 0.5 that repeat at no power of two.

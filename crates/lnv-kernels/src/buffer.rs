@@ -19,11 +19,30 @@ pub(crate) struct Aligned<T> {
 
 impl<T: Copy + bytemuck::Zeroable> Aligned<T> {
     pub(crate) fn zeroed(len: usize) -> Self {
-        let raw = vec![T::zeroed(); len + 64 / size_of::<T>()];
+        let mut raw = vec![T::zeroed(); len + 64 / size_of::<T>()];
         let start = raw.as_ptr().align_offset(64);
+        prefer_huge_pages(&mut raw);
         Aligned { raw, start, len }
     }
 }
+
+/// Asks the system to back a large allocation with huge pages, before it is touched: faulting a
+/// weight in is several times faster, and a stream through it meets no page boundary every 4 KB.
+#[cfg(target_os = "linux")]
+#[allow(unsafe_code)]
+fn prefer_huge_pages<T>(raw: &mut [T]) {
+    const HUGE: usize = 2 << 20;
+    let start = (raw.as_mut_ptr() as usize).next_multiple_of(HUGE);
+    let end = (raw.as_ptr() as usize + size_of_val(raw)) / HUGE * HUGE;
+    if start < end {
+        // SAFETY: whole pages inside an allocation that is borrowed mutably; the advice changes no
+        // contents, and a system that refuses it changes nothing.
+        unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_HUGEPAGE) };
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn prefer_huge_pages<T>(_: &mut [T]) {}
 
 impl<T> Aligned<T> {
     pub(crate) fn as_slice(&self) -> &[T] {

@@ -12,6 +12,7 @@ pub(crate) mod attention;
 pub(crate) mod formats;
 pub(crate) mod gemm;
 pub(crate) mod norm;
+pub(crate) mod pack;
 pub(crate) mod rope;
 pub(crate) mod scratch;
 pub(crate) mod simd;

@@ -9,11 +9,12 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 
+use crate::buffer::Aligned;
 use crate::isa::Isa;
 use crate::ops::Ops;
 use crate::weight::WeightDtype;
 
-const TRIES: usize = 5;
+const TRIES: usize = 60;
 
 /// The arithmetic peak of all threads for this weight format, in GFLOP/s (a multiplication and an
 /// addition are two): the matrix product's own register tile over operands in the first-level cache.
@@ -31,8 +32,8 @@ pub fn peak_gflops(isa: Isa, dtype: WeightDtype) -> f64 {
     operations as f64 / seconds / 1e9
 }
 
-/// Tiles of one measurement: some ten milliseconds.
-const SPINS: usize = 20_000;
+/// Tiles of one measurement: about a millisecond, so that some tries go undisturbed.
+const SPINS: usize = 2_000;
 
 fn spin(isa: Isa, dtype: WeightDtype, times: usize) -> usize {
     #[cfg(target_arch = "x86_64")]
@@ -52,20 +53,22 @@ fn spin(isa: Isa, dtype: WeightDtype, times: usize) -> usize {
     2 * sums.len() * times
 }
 
-/// The bandwidth at which all threads together read memory, in GB/s (10⁹ bytes). Reads 1 GiB, far more
-/// than any cache holds; a machine that cannot spare it gets a page fault's price, not an error.
+/// The bandwidth at which all threads together read memory, in GB/s (10⁹ bytes). Goes through 1 GiB in
+/// parts of 64 MiB: by the time a part comes round again, no cache holds it.
 pub fn read_bandwidth_gbs() -> f64 {
-    let data: Vec<u64> = vec![1; 1 << 27];
-    let part = data.len() / rayon::current_num_threads();
+    let mut data = Aligned::<u64>::zeroed(1 << 27);
+    data.as_mut_slice().fill(1); // pages that were only read are one and the same
+    let threads = rayon::current_num_threads();
+    let mut parts = data.as_slice().chunks(1 << 23).cycle();
     let sum = |part: &[u64]| part.iter().fold(0u64, |sum, v| sum.wrapping_add(*v));
     let seconds = best(|| {
-        black_box(
-            data.par_chunks(part)
-                .map(sum)
-                .reduce(|| 0, u64::wrapping_add),
-        );
+        let part = parts.next().unwrap_or_default();
+        let streams = part
+            .par_chunks(part.len().div_ceil(threads))
+            .with_max_len(1);
+        black_box(streams.map(sum).reduce(|| 0, u64::wrapping_add));
     });
-    size_of_val(&data[..]) as f64 / seconds / 1e9
+    (8 << 23) as f64 / seconds / 1e9
 }
 
 fn best(mut run: impl FnMut()) -> f64 {

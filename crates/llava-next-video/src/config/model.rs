@@ -22,6 +22,16 @@ pub enum SelectStrategy {
     Full,
 }
 
+impl SelectStrategy {
+    /// The word of the configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Default => "default",
+            Self::Full => "full",
+        }
+    }
+}
+
 /// How a video's features are pooled (`spatial_pool_mode`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SpatialPoolMode {

@@ -36,6 +36,7 @@ pub struct Engine {
     defaults: GenerationConfig,
     cache: KvCache,
     blocks: BlockManager,
+    prefill_chunk: usize,
     timings: Timings,
 }
 
@@ -52,6 +53,7 @@ impl Engine {
         Self {
             cache: model.language_model().new_cache(0),
             blocks: BlockManager::default(),
+            prefill_chunk: PREFILL_CHUNK,
             timings: Timings::default(),
             model,
             defaults,
@@ -61,6 +63,11 @@ impl Engine {
     /// The model.
     pub fn model(&self) -> &LlavaNextVideoModel {
         &self.model
+    }
+
+    /// Sets how many prompt tokens go through the decoder together; at least 1. Default 2048.
+    pub fn set_prefill_chunk(&mut self, tokens: usize) {
+        self.prefill_chunk = tokens.max(1);
     }
 
     /// Bytes of the cache.
@@ -264,7 +271,7 @@ impl Engine {
         let total = embedded.embeds.rows() * layers;
         let mut done = 0;
         let mut scores = vec![Vec::new(); sequences.len()];
-        for (chunk, first) in chunks(sequences) {
+        for (chunk, first) in chunks(sequences, self.prefill_chunk) {
             for part in &chunk {
                 self.reserve(&mut sequences[part.sequence], part.end)?;
             }
@@ -457,9 +464,9 @@ impl Part {
 }
 
 /// Cuts the uncached tokens of all sequences into passes: `(parts, first row of the embeddings)`.
-fn chunks(sequences: &[Sequence]) -> Vec<(Vec<Part>, usize)> {
+fn chunks(sequences: &[Sequence], chunk: usize) -> Vec<(Vec<Part>, usize)> {
     let (mut passes, mut parts, mut room, mut first, mut row) =
-        (Vec::new(), Vec::new(), PREFILL_CHUNK, 0, 0);
+        (Vec::new(), Vec::new(), chunk, 0, 0);
     for (i, sequence) in sequences.iter().enumerate() {
         let mut start = sequence.cached;
         while start < sequence.ids.len() {
@@ -474,7 +481,7 @@ fn chunks(sequences: &[Sequence]) -> Vec<(Vec<Part>, usize)> {
             start = end;
             if room == 0 {
                 passes.push((std::mem::take(&mut parts), first));
-                (room, first) = (PREFILL_CHUNK, row);
+                (room, first) = (chunk, row);
             }
         }
     }

@@ -87,9 +87,20 @@ impl LlavaNextVideoModel {
     /// A file is missing or malformed, a setting is not supported, a tensor does not fit, or the
     /// device is not there: each named.
     pub fn load(files: &CheckpointFiles, options: &LoadOptions<'_>) -> Result<Self> {
-        let config = LlavaNextVideoConfig::read(files)?;
-        let checkpoint = Checkpoint::open(files)?;
-        Self::from_checkpoint(config, &checkpoint, options)
+        Self::load_as(LlavaNextVideoConfig::read(files)?, files, options)
+    }
+
+    /// Loads a checkpoint's weights under a configuration that was read before, perhaps with the
+    /// placeholder ids of its tokenizer.
+    ///
+    /// # Errors
+    /// As [`LlavaNextVideoModel::load`].
+    pub fn load_as(
+        config: LlavaNextVideoConfig,
+        files: &CheckpointFiles,
+        options: &LoadOptions<'_>,
+    ) -> Result<Self> {
+        Self::from_checkpoint(config, &Checkpoint::open(files)?, options)
     }
 
     /// Loads from a checkpoint that is already open.

@@ -150,3 +150,71 @@ fn unpad(canvas: ImageSize, original: ImageSize) -> PatchWindow {
 fn round7(x: f64) -> usize {
     ((x * 1e7).round_ties_even() / 1e7).trunc() as usize
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Pair = (usize, usize);
+
+    /// `(height, width)` of the image, best resolution, tiles, window rows x cols, tokens.
+    const TABLE: [(Pair, Pair, usize, Pair, usize); 19] = [
+        ((480, 640), (672, 672), 5, (36, 48), 2340),
+        ((640, 480), (672, 672), 5, (48, 36), 2352),
+        ((336, 336), (336, 672), 3, (24, 24), 1176),
+        ((100, 100), (336, 672), 3, (24, 24), 1176),
+        ((1, 1), (336, 672), 3, (24, 24), 1176),
+        ((337, 336), (672, 336), 3, (24, 24), 1176),
+        ((1080, 1920), (672, 672), 5, (28, 48), 1948),
+        ((720, 1280), (672, 672), 5, (28, 48), 1948),
+        ((1920, 1080), (672, 672), 5, (48, 28), 1968),
+        ((899, 1024), (672, 672), 5, (42, 48), 2634),
+        ((672, 672), (672, 672), 5, (48, 48), 2928),
+        ((1365, 2048), (672, 672), 5, (32, 48), 2144),
+        ((300, 100), (336, 672), 3, (24, 8), 792),
+        ((500, 30), (672, 336), 3, (48, 2), 720),
+        ((10, 2000), (336, 1008), 4, (0, 72), 576),
+        ((2000, 10), (1008, 336), 4, (72, 0), 648),
+        ((503, 316), (672, 336), 3, (38, 24), 1526),
+        ((1, 1_000_000), (336, 672), 3, (0, 48), 576),
+        ((1_000_000, 1), (336, 672), 3, (24, 0), 600),
+    ];
+
+    fn pinpoints(list: &[(usize, usize)]) -> Vec<ImageSize> {
+        list.iter().map(|&(h, w)| ImageSize::new(h, w)).collect()
+    }
+
+    #[test]
+    fn worked_token_counts() {
+        let default = pinpoints(&[(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]);
+        for ((h, w), best, tiles, window, tokens) in TABLE {
+            let layout =
+                AnyResLayout::new(ImageSize::new(h, w), &default, 336, 14).expect("a layout");
+            assert_eq!(
+                layout.best_resolution,
+                ImageSize::new(best.0, best.1),
+                "{h} x {w}"
+            );
+            assert_eq!(layout.tiles, tiles, "{h} x {w}");
+            assert_eq!(
+                (layout.window.rows, layout.window.cols),
+                window,
+                "{h} x {w}"
+            );
+            assert_eq!(layout.feature_tokens(), tokens, "{h} x {w}");
+        }
+    }
+
+    #[test]
+    fn the_first_of_equal_pinpoints_wins() {
+        let documented = pinpoints(&[(672, 336), (336, 672), (672, 672), (336, 1008), (1008, 336)]);
+        let best = select_best_resolution(ImageSize::square(336), &documented);
+        assert_eq!(best, Some(ImageSize::new(672, 336)));
+    }
+
+    #[test]
+    fn empty_images_and_lists_are_refused() {
+        assert!(AnyResLayout::new(ImageSize::new(0, 5), &pinpoints(&[(4, 4)]), 4, 2).is_err());
+        assert!(AnyResLayout::new(ImageSize::square(5), &[], 4, 2).is_err());
+    }
+}

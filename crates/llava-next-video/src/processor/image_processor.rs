@@ -22,6 +22,9 @@ use crate::media::{Image, ImageSize};
 /// The most pinpoints that a file may list.
 const MAX_PINPOINTS: usize = 1024;
 
+/// The largest resolution that a file may list, in pixels.
+const MAX_PINPOINT_PIXELS: usize = 64_000_000;
+
 /// Turns images into base tile and grid tiles.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LlavaNextImageProcessor {
@@ -75,6 +78,17 @@ impl LlavaNextImageProcessor {
                 .iter()
                 .map(|pair| fields.pair("image_grid_pinpoints", pair))
                 .collect::<Result<_>>()?;
+            if this
+                .image_grid_pinpoints
+                .iter()
+                .any(|pinpoint| pinpoint.area() > MAX_PINPOINT_PIXELS)
+            {
+                return Err(fields.wrong(
+                    "image_grid_pinpoints",
+                    value,
+                    "pairs of at most 64 million pixels",
+                ));
+            }
         }
         Ok(this)
     }

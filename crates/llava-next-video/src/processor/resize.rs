@@ -16,6 +16,8 @@
 //! Refuses: for torchvision every filter but nearest, bilinear and bicubic (its tensor resize has no
 //! other); pictures whose result would be absurdly large ([`MAX_RESIZED_PIXELS`]).
 
+use std::ops::Range;
+
 use crate::error::{Error, Result};
 use crate::media::{Image, ImageSize};
 
@@ -169,7 +171,7 @@ impl Resizer {
         arithmetic: Arithmetic,
     ) -> Result<Self> {
         use Resample::{Bicubic, Bilinear, Nearest};
-        if from.area() == 0 || to.area() == 0 {
+        if from.area() == 0 || to.area() == 0 || rows.length == 0 || columns.length == 0 {
             return Err(Error::Media(format!(
                 "a picture of {} x {} pixels cannot be resized to {} x {}: neither side may be 0",
                 from.width, from.height, to.width, to.height
@@ -237,11 +239,13 @@ impl Resizer {
         })
     }
 
-    /// The horizontal pass: `from.height` rows of `to.width` pixels.
+    /// The horizontal pass over those rows that the vertical pass reads: rows of `to.width` pixels.
     fn resize_rows(&self, data: &[u8]) -> Vec<u8> {
         let from_row = self.from.width * 3;
         let to_row = self.to.width * 3;
-        let mut out = vec![0; self.from.height * to_row];
+        let rows = self.vertical.source();
+        let data = &data[rows.start * from_row..rows.end * from_row];
+        let mut out = vec![0; rows.len() * to_row];
         match &self.horizontal {
             Axis::Keep(span) => {
                 for (row, out) in data
@@ -262,11 +266,12 @@ impl Resizer {
                 }
             }
             Axis::Weigh(weights) => {
-                let mut columns = vec![0; self.from.width * LANES];
+                let read = weights.source.start * 3..weights.source.end * 3;
+                let mut columns = vec![0; weights.source.len() * LANES];
                 let mut summed = vec![0; self.to.width * LANES];
                 let blocks = data.chunks(from_row * BLOCK_ROWS);
                 for (block, out) in blocks.zip(out.chunks_mut(to_row * BLOCK_ROWS)) {
-                    rows_to_columns(block, from_row, &mut columns);
+                    rows_to_columns(block, from_row, read.clone(), &mut columns);
                     weights.sum_rows(&columns, LANES, &mut summed);
                     columns_to_rows(&summed, to_row, out);
                 }
@@ -279,8 +284,7 @@ impl Resizer {
     fn resize_columns(&self, narrow: Vec<u8>) -> Vec<u8> {
         let row = self.to.width * 3;
         match &self.vertical {
-            Axis::Keep(span) if span.start == 0 && span.length == self.from.height => narrow,
-            Axis::Keep(span) => narrow[span.start * row..][..span.length * row].to_vec(),
+            Axis::Keep(_) => narrow,
             Axis::Pick(rows) => {
                 let mut out = Vec::with_capacity(rows.len() * row);
                 for &y in rows {
@@ -308,6 +312,15 @@ impl Axis {
             return Self::Pick(picked.split_off(span.start));
         }
         Self::Weigh(Weights::new(from, to, span, resample, arithmetic))
+    }
+
+    /// The source pixels that this axis reads.
+    fn source(&self) -> Range<usize> {
+        match self {
+            Self::Keep(span) => span.start..span.start + span.length,
+            Self::Pick(picked) => 0..picked.iter().max().map_or(0, |last| last + 1),
+            Self::Weigh(weights) => weights.source.clone(),
+        }
     }
 }
 
@@ -346,7 +359,9 @@ const SPLIT: u32 = 11;
 /// The integer weights of one axis.
 #[derive(Debug, Clone)]
 struct Weights {
-    /// For each pixel of the result: first source pixel, and where its weights begin.
+    /// Source pixels with a weight; the picture given to [`Weights::sum_rows`] begins with the first.
+    source: Range<usize>,
+    /// For each pixel of the result: first pixel of `source`, and where its weights begin.
     first: Vec<(usize, usize)>,
     /// Weights of all pixels one after another; for Pillow the part above [`SPLIT`] bits.
     high: Vec<i16>,
@@ -366,6 +381,7 @@ impl Weights {
         };
         let unit = f64::from(1_u32 << precision);
         let mut weights = Self {
+            source: filter.reach(span.start).start..filter.reach(span.start + span.length - 1).end,
             first: Vec::with_capacity(span.length + 1),
             high: Vec::new(),
             low: Vec::new(),
@@ -374,7 +390,9 @@ impl Weights {
         let mut taps = Vec::new();
         for x in span.start..span.start + span.length {
             let first = filter.taps(x, &mut taps);
-            weights.first.push((first, weights.high.len()));
+            weights
+                .first
+                .push((first - weights.source.start, weights.high.len()));
             for &tap in &taps {
                 // Half away from zero, as both references write it.
                 let fixed = (tap * unit + if tap < 0.0 { -0.5 } else { 0.5 }) as i32;
@@ -463,15 +481,22 @@ impl AxisFilter {
         }
     }
 
+    /// The source pixels of output pixel `x`.
+    fn reach(&self, x: usize) -> Range<usize> {
+        let centre = (x as f64 + 0.5) * self.scale;
+        let support = self.resample.support() * self.stretch;
+        let first = (centre - support + 0.5).max(0.0) as usize;
+        first..((centre + support + 0.5) as usize).min(self.from)
+    }
+
     /// Writes the normalised weights of output pixel `x` to `taps`; returns the first source pixel.
     fn taps(&self, x: usize, taps: &mut Vec<f64>) -> usize {
         let centre = (x as f64 + 0.5) * self.scale;
-        let support = self.resample.support() * self.stretch;
         let shrink = 1.0 / self.stretch;
-        let first = (centre - support + 0.5).max(0.0) as usize;
-        let end = ((centre + support + 0.5) as usize).min(self.from);
+        let reach = self.reach(x);
+        let first = reach.start;
         taps.clear();
-        taps.extend((first..end).map(|j| {
+        taps.extend(reach.map(|j| {
             let distance = j as f64 - centre + 0.5;
             self.resample.weight(distance * shrink)
         }));
@@ -501,10 +526,11 @@ fn torch_precision(largest: f64) -> u32 {
         .max(1)
 }
 
-/// A block of up to [`BLOCK_ROWS`] rows, column by column; missing rows keep what was there.
-fn rows_to_columns(block: &[u8], row: usize, columns: &mut [u8]) {
+/// The bytes `read` of up to [`BLOCK_ROWS`] rows, column by column; missing rows keep what was there.
+fn rows_to_columns(block: &[u8], row: usize, read: Range<usize>, columns: &mut [u8]) {
     for (y, row) in block.chunks_exact(row).enumerate() {
-        for (pixel, column) in row.chunks_exact(3).zip(columns.chunks_exact_mut(LANES)) {
+        let pixels = row[read.clone()].chunks_exact(3);
+        for (pixel, column) in pixels.zip(columns.chunks_exact_mut(LANES)) {
             column[y * 3..y * 3 + 3].copy_from_slice(pixel);
         }
     }

@@ -33,7 +33,7 @@ const ROWS_BLOCK: usize = 768 << 10;
 /// Panels whose waiting sums a task keeps.
 const PANEL_GROUP: usize = 16;
 /// How far ahead of the arithmetic a panel is fetched, in bytes.
-const PREFETCH: usize = 1 << 10;
+const PREFETCH: usize = 4 << 10;
 /// Multiplications below which waking other threads costs more than it brings.
 const SERIAL: usize = 1 << 16;
 

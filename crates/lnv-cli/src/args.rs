@@ -1,0 +1,332 @@
+//! What may be typed: the command line as clap sees it, before any of it is acted upon.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Ask questions about videos and images with the LLaVA-NeXT-Video models.
+///
+/// Without --model the small built-in demo model answers; with --model a real checkpoint does: a
+/// directory in Hugging Face layout, or a hub id such as llava-hf/LLaVA-NeXT-Video-7B-hf.
+#[derive(Parser, Debug)]
+#[command(
+    name = "lnv",
+    version,
+    propagate_version = true,
+    arg_required_else_help = true
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Ask one question about videos and images; the answer streams to stdout.
+    Ask(AskArgs),
+    /// Talk about videos and images; the history and the media stay.
+    Chat(ChatArgs),
+    /// Generate from a conversation file or from processed inputs, perhaps a whole batch.
+    Generate(GenerateArgs),
+    /// Write what the Transformers processor returns: token ids and pixels.
+    Process(ProcessArgs),
+    /// Run the model once over processed inputs: logits, loss, hidden states, attentions.
+    Forward(ForwardArgs),
+    /// Measure vision, prefill and decode against this machine's limits.
+    Bench(BenchArgs),
+    /// Say what a checkpoint is and what loading it would take; reads no weights.
+    Inspect(InspectArgs),
+}
+
+/// Which checkpoint, and how it is kept.
+#[derive(Args, Debug, Clone)]
+pub struct ModelArgs {
+    /// Directory in Hugging Face layout, or a hub id; without it, the built-in demo model.
+    #[arg(long, short, value_name = "DIR|ID")]
+    pub model: Option<String>,
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// How a checkpoint is kept and where it runs.
+#[derive(Args, Debug, Clone)]
+pub struct RunArgs {
+    /// Type of the weights in memory; auto keeps the checkpoint's.
+    #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
+    pub dtype: DtypeArg,
+    /// Quantise the weights when loading.
+    #[arg(long, value_enum)]
+    pub quantize: Option<QuantizeArg>,
+    /// Where to compute: cpu, cuda or cuda:N.
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    pub device: String,
+    /// Rotary scaling instead of the checkpoint's: linear:F, or auto for the clip's length.
+    #[arg(long, value_name = "linear:F|auto")]
+    pub rope_scaling: Option<String>,
+}
+
+/// `--dtype`.
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DtypeArg {
+    /// As the checkpoint stores it.
+    Auto,
+    /// 32-bit floats.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// Half precision.
+    F16,
+}
+
+/// `--quantize`.
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QuantizeArg {
+    /// 8-bit weights and activations.
+    Q8,
+    /// 4-bit groups.
+    Q4,
+    /// bitsandbytes NF4.
+    Nf4,
+    /// bitsandbytes FP4.
+    Fp4,
+    /// bitsandbytes LLM.int8().
+    Int8,
+}
+
+/// Which frames of a video are taken.
+#[derive(Args, Debug, Clone, Default)]
+pub struct FrameArgs {
+    /// Frames of each video, evenly spread [default: 8, or all of a shorter video].
+    #[arg(long, value_name = "N", conflicts_with = "fps")]
+    pub num_frames: Option<usize>,
+    /// Frames a second instead of a fixed number.
+    #[arg(long, value_name = "F")]
+    pub fps: Option<f64>,
+}
+
+/// How the answer is written.
+#[derive(Args, Debug, Clone, Default)]
+pub struct GenerationArgs {
+    #[command(flatten)]
+    pub frames: FrameArgs,
+    /// Most new tokens.
+    #[arg(long, value_name = "N")]
+    pub max_new_tokens: Option<usize>,
+    /// Longest sequence, the prompt with all its image and video tokens included.
+    #[arg(long, value_name = "N")]
+    pub max_length: Option<usize>,
+    /// No end before this many new tokens.
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub min_new_tokens: usize,
+    /// Sample at this temperature; 0 is greedy [default: greedy].
+    #[arg(long, value_name = "T")]
+    pub temperature: Option<f32>,
+    /// Sample among the k best tokens only.
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+    /// Sample among the likeliest tokens that reach this probability.
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f32>,
+    /// Sample no token less likely than this share of the likeliest.
+    #[arg(long, value_name = "P")]
+    pub min_p: Option<f32>,
+    /// Above 1: say less of what was said already.
+    #[arg(long, value_name = "X")]
+    pub repetition_penalty: Option<f32>,
+    /// No sequence of N tokens twice.
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub no_repeat_ngram_size: usize,
+    /// Equal seeds give equal samples.
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub seed: u64,
+    /// Search with this many beams.
+    #[arg(long, value_name = "N")]
+    pub num_beams: Option<usize>,
+    /// Exponent of the length in a beam's score.
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub length_penalty: Option<f32>,
+    /// When beam search ends: true, false or never.
+    #[arg(long, value_enum, value_name = "WHEN")]
+    pub early_stopping: Option<EarlyStoppingArg>,
+    /// Answers to each prompt.
+    #[arg(long, value_name = "N", default_value_t = 1, hide_default_value = true)]
+    pub num_return_sequences: usize,
+    /// End the answer at this text; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+}
+
+/// `--early-stopping`, spelled as in Transformers.
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EarlyStoppingArg {
+    /// Once enough beams are finished.
+    True,
+    /// Once none is likely to do better.
+    False,
+    /// Only once none can do better.
+    Never,
+}
+
+/// `lnv ask`.
+#[derive(Args, Debug)]
+pub struct AskArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// A video file or URL; may be given several times.
+    #[arg(long, value_name = "PATH|URL")]
+    pub video: Vec<String>,
+    /// An image file or URL; may be given several times.
+    #[arg(long, value_name = "PATH|URL")]
+    pub image: Vec<String>,
+    #[command(flatten)]
+    pub generation: GenerationArgs,
+    /// The question.
+    pub question: String,
+}
+
+/// `lnv chat`.
+#[derive(Args, Debug)]
+pub struct ChatArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// A video to begin with; may be given several times.
+    #[arg(long, value_name = "PATH|URL")]
+    pub video: Vec<String>,
+    /// An image to begin with; may be given several times.
+    #[arg(long, value_name = "PATH|URL")]
+    pub image: Vec<String>,
+    /// Text that tells the model how to behave.
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    #[command(flatten)]
+    pub generation: GenerationArgs,
+}
+
+/// `lnv generate`.
+#[derive(Args, Debug)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// JSON file with a conversation, or a list of them, in the Transformers form.
+    #[arg(
+        long,
+        value_name = "FILE",
+        required_unless_present = "inputs",
+        conflicts_with = "inputs"
+    )]
+    pub conversation: Option<PathBuf>,
+    /// Processed inputs, as `lnv process` or Transformers writes them.
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub inputs: Option<PathBuf>,
+    #[command(flatten)]
+    pub generation: GenerationArgs,
+    /// How to print the answers.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+}
+
+/// `--format`.
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// For people.
+    Text,
+    /// One JSON object.
+    Json,
+}
+
+/// `lnv process`.
+#[derive(Args, Debug)]
+pub struct ProcessArgs {
+    /// Directory in Hugging Face layout, or a hub id; without it, the built-in demo model.
+    #[arg(long, short, value_name = "DIR|ID")]
+    pub model: Option<String>,
+    /// JSON file with a conversation, or a list of them, in the Transformers form.
+    #[arg(long, value_name = "FILE")]
+    pub conversation: PathBuf,
+    #[command(flatten)]
+    pub frames: FrameArgs,
+    /// Leave out the generation prompt, for training.
+    #[arg(long)]
+    pub no_generation_prompt: bool,
+    /// Where to write.
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub output: PathBuf,
+}
+
+/// `lnv forward`.
+#[derive(Args, Debug)]
+pub struct ForwardArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Processed inputs; `labels` in them give a loss.
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub inputs: PathBuf,
+    /// Where to write.
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub output: PathBuf,
+    /// Write every hidden state.
+    #[arg(long)]
+    pub hidden_states: bool,
+    /// Write the attention weights of every layer.
+    #[arg(long)]
+    pub attentions: bool,
+    /// Logits of the last N positions only; 0 is all.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub logits_to_keep: usize,
+}
+
+/// `lnv bench`.
+#[derive(Args, Debug)]
+pub struct BenchArgs {
+    /// Directory in Hugging Face layout, or a hub id; without it, the built-in demo model.
+    #[arg(long, short, value_name = "DIR|ID", conflicts_with = "synthetic")]
+    pub model: Option<String>,
+    /// Random weights of these dimensions, made in memory.
+    #[arg(long, value_enum)]
+    pub synthetic: Option<Synthetic>,
+    /// Decoder layers of the synthetic model [default: all].
+    #[arg(long, value_name = "N", requires = "synthetic")]
+    pub text_layers: Option<usize>,
+    /// Frames of the clip.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub frames: usize,
+    /// Also time decoding and preprocessing this video.
+    #[arg(long, value_name = "FILE")]
+    pub video: Option<PathBuf>,
+    /// Decode steps to time.
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub steps: usize,
+    #[command(flatten)]
+    pub run: RunArgs,
+    /// How to print the figures.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+}
+
+/// `--synthetic`.
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Synthetic {
+    /// LLaVA-NeXT-Video-7B.
+    #[value(name = "7b")]
+    B7,
+    /// LLaVA-NeXT-Video-7B-32K.
+    #[value(name = "7b-32k")]
+    B7K32,
+    /// LLaVA-NeXT-Video-34B.
+    #[value(name = "34b")]
+    B34,
+    /// A few million parameters, for a quick look.
+    Tiny,
+}
+
+/// `lnv inspect`.
+#[derive(Args, Debug)]
+pub struct InspectArgs {
+    /// Directory in Hugging Face layout, or a hub id; without it, the built-in demo model.
+    #[arg(long, short, value_name = "DIR|ID")]
+    pub model: Option<String>,
+    /// How to print it.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+}

@@ -1,0 +1,119 @@
+//! `lnv ask`: one question, the answer streamed.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Result, anyhow, bail};
+use llava_next_video::engine::{Engine, Event, Generation, GenerationOptions};
+use llava_next_video::processor::conversation::{Content, Conversation, Message, Role};
+use llava_next_video::processor::inputs::ModelInputs;
+
+use crate::args::AskArgs;
+use crate::media::LoadedMedia;
+use crate::model::{self, RunOptions};
+use crate::output;
+use crate::pipeline::{self, Clock, NamedMedium, Pipeline, StageBars};
+use crate::stream::{AnswerStream, Text};
+
+/// Most new tokens where nothing else was typed: an answer, not a book.
+pub const DEFAULT_NEW_TOKENS: usize = 512;
+
+/// Runs the command.
+pub fn run(args: &AskArgs, media: Vec<NamedMedium>) -> Result<()> {
+    if args.question.trim().is_empty() {
+        bail!("the question is empty: write what you want to know");
+    }
+    let options = RunOptions::new(&args.model.run)?;
+    let sampling = model::sampling(&args.generation.frames)?;
+    let generation = model::generation(&args.generation, Some(DEFAULT_NEW_TOKENS))?;
+    let pipeline = Pipeline::open(args.model.model.as_deref(), true)?;
+    let mut content = pipeline::media_content(&media);
+    content.push(Content::Text(args.question.clone()));
+    let conversation = Conversation {
+        messages: vec![Message::new(Role::User, content)],
+    };
+    let conversations = [conversation];
+
+    let prepare = || {
+        let start = Instant::now();
+        let media = LoadedMedia::load(&conversations, sampling)?;
+        let inputs = pipeline.inputs(&conversations, &media, true)?;
+        Ok((media, inputs, pipeline::seconds(start)))
+    };
+    // Scaling to the clip's length needs the clip first.
+    let ((media, inputs, media_s), loaded) = match options.rope {
+        Some(_) => {
+            let prepared = prepare()?;
+            let frames = prepared.0.frames();
+            (
+                prepared,
+                options.load(pipeline.config.clone(), &pipeline.files, frames)?,
+            )
+        }
+        None => pipeline::beside(prepare, || {
+            options.load(pipeline.config.clone(), &pipeline.files, 0)
+        })?,
+    };
+    let clock = Clock {
+        media_s,
+        load_s: loaded.seconds,
+    };
+    let mut engine = Engine::new(Arc::new(loaded.model), pipeline.generation.clone());
+    let answer = answer(&mut engine, &pipeline, &inputs, &generation)?;
+    pipeline::report(&media, clock, &answer);
+    Ok(())
+}
+
+/// Generates and prints: streamed where one sequence is picked token by token, whole otherwise.
+fn answer(
+    engine: &mut Engine,
+    pipeline: &Pipeline,
+    inputs: &ModelInputs,
+    options: &GenerationOptions,
+) -> Result<Generation> {
+    let tokenizer = &pipeline.processor.tokenizer;
+    let beams = options
+        .num_beams
+        .or(pipeline.generation.num_beams)
+        .unwrap_or(1);
+    let streamed = beams == 1 && options.num_return_sequences == 1;
+    let mut stream = AnswerStream::new(tokenizer, options.stop.clone());
+    let eos = &pipeline.generation.eos_token_ids;
+    let mut bars = StageBars::new();
+    let mut failed = None;
+    let mut on_event = |event: Event| {
+        let flow = bars.show(event);
+        if let Event::Token { id, .. } = event
+            && streamed
+            && !eos.contains(&id)
+            && let Err(error) = stream.push(id)
+        {
+            failed = Some(error);
+            return ControlFlow::Break(());
+        }
+        flow
+    };
+    let result = engine.generate(inputs, options, &Text(tokenizer), &mut on_event);
+    bars.finish();
+    let generation = result.map_err(|error| anyhow!(error))?;
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    if streamed {
+        stream.finish()?;
+        return Ok(generation);
+    }
+    for completion in &generation.completions {
+        output::line(&text_of(pipeline, &completion.ids, options)?)?;
+    }
+    Ok(generation)
+}
+
+/// The text of an answer, up to a stop string.
+pub fn text_of(pipeline: &Pipeline, ids: &[u32], options: &GenerationOptions) -> Result<String> {
+    let text = pipeline.processor.tokenizer.decode(ids, true, None)?;
+    let stop = llava_next_video::engine::StopStrings::new(options.stop.clone());
+    let end = stop.find(&text).map_or(text.len(), |found| found.start);
+    Ok(text[..end].trim().to_owned())
+}

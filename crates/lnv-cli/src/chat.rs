@@ -1,0 +1,266 @@
+//! `lnv chat`: questions and answers about media, turn by turn, with the cache kept between turns.
+//!
+//! `/video PATH`, `/image PATH` attach media to the next question, `/clear` forgets everything,
+//! `/history` shows what was said, `/quit` leaves. Ctrl-C stops an answer and stays; at an empty prompt
+//! it leaves, as Ctrl-D does.
+
+use std::io::{BufRead, IsTerminal};
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+use llava_next_video::config::RopeOverride;
+use llava_next_video::engine::{Engine, Event, GenerationOptions, Session};
+use llava_next_video::media::FrameSampling;
+use llava_next_video::processor::conversation::{Content, Conversation, Message, Role};
+use rustyline::error::ReadlineError;
+
+use crate::args::ChatArgs;
+use crate::ask::{DEFAULT_NEW_TOKENS, text_of};
+use crate::media::{LoadedMedia, source};
+use crate::model::{self, RunOptions};
+use crate::output;
+use crate::pipeline::{self, Clock, NamedMedium, Pipeline, StageBars};
+use crate::progress::note;
+use crate::stream::{AnswerStream, Text};
+
+/// What is shown before each question.
+const PROMPT: &str = "you> ";
+
+const HELP: &str = "/video PATH or /image PATH attaches a file or URL to the next question, /clear \
+                    starts over, /history shows what was said, /quit leaves; Ctrl-C stops an answer";
+
+/// Runs the command.
+pub fn run(args: &ChatArgs, media: Vec<NamedMedium>) -> Result<()> {
+    let options = RunOptions::new(&args.model.run)?;
+    let sampling = model::sampling(&args.generation.frames)?;
+    let generation = model::generation(&args.generation, Some(DEFAULT_NEW_TOKENS))?;
+    let pipeline = Pipeline::open(args.model.model.as_deref(), true)?;
+    let frames = match options.rope {
+        // The clips of a chat are not known yet; the number asked for stands in.
+        Some(RopeOverride::Auto) => args.generation.frames.num_frames.unwrap_or(32),
+        _ => 0,
+    };
+    let loaded = options.load(pipeline.config.clone(), &pipeline.files, frames)?;
+    let mut chat = Chat {
+        engine: Engine::new(Arc::new(loaded.model), pipeline.generation.clone()),
+        session: Session::default(),
+        conversation: Conversation::default(),
+        media: LoadedMedia::default(),
+        pending: Vec::new(),
+        system: args.system.clone(),
+        interrupted: stop_flag()?,
+        load_s: loaded.seconds,
+        pipeline,
+        sampling,
+        generation,
+    };
+    chat.begin();
+    for medium in media {
+        chat.attach(pipeline::media_content(&[medium]));
+    }
+    chat.talk()
+}
+
+/// A flag that Ctrl-C raises.
+fn stop_flag() -> Result<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    let raised = Arc::clone(&flag);
+    ctrlc::set_handler(move || raised.store(true, Ordering::SeqCst))
+        .context("cannot listen for Ctrl-C")?;
+    Ok(flag)
+}
+
+struct Chat {
+    engine: Engine,
+    session: Session,
+    conversation: Conversation,
+    media: LoadedMedia,
+    /// Media for the next question.
+    pending: Vec<Content>,
+    system: Option<String>,
+    interrupted: Arc<AtomicBool>,
+    load_s: f64,
+    pipeline: Pipeline,
+    sampling: FrameSampling,
+    generation: GenerationOptions,
+}
+
+impl Chat {
+    fn begin(&mut self) {
+        self.conversation = Conversation::default();
+        self.media = LoadedMedia::default();
+        self.pending.clear();
+        self.engine.forget(&mut self.session);
+        if let Some(system) = &self.system {
+            self.conversation
+                .messages
+                .push(Message::text(Role::System, system.clone()));
+        }
+    }
+
+    fn talk(&mut self) -> Result<()> {
+        let mut lines = Lines::new()?;
+        eprintln!("{HELP}");
+        while let Some(line) = lines.next()? {
+            self.interrupted.store(false, Ordering::SeqCst);
+            let line = line.trim();
+            match line.split_once(char::is_whitespace).unwrap_or((line, "")) {
+                ("", _) => {}
+                ("/quit" | "/exit", _) => break,
+                ("/help", _) => eprintln!("{HELP}"),
+                ("/clear", _) => self.begin(),
+                ("/history", _) => self.history()?,
+                ("/video", path) if !path.trim().is_empty() => {
+                    self.attach(vec![Content::Video(Some(source(path.trim())))]);
+                }
+                ("/image", path) if !path.trim().is_empty() => {
+                    self.attach(vec![Content::Image(Some(source(path.trim())))]);
+                }
+                (command, _) if command.starts_with('/') => {
+                    eprintln!("{command} is no command here. {HELP}");
+                }
+                _ => self.turn(line)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Loads media for the next question; one that cannot be read leaves everything as it was.
+    fn attach(&mut self, content: Vec<Content>) {
+        let message = Message::new(Role::User, content.clone());
+        let alone = [Conversation {
+            messages: vec![message],
+        }];
+        match LoadedMedia::load(&alone, self.sampling) {
+            Ok(loaded) => {
+                let what = match loaded.frames() {
+                    0 => "an image".to_owned(),
+                    n => format!("a video, {n} frames"),
+                };
+                eprintln!("attached {what}");
+                self.media.images.extend(loaded.images);
+                self.media.videos.extend(loaded.videos);
+                self.pending.extend(content);
+            }
+            Err(error) => eprintln!("error: {error:#}"),
+        }
+    }
+
+    /// One question. An error takes the question back and leaves the chat as it was.
+    fn turn(&mut self, question: &str) -> Result<()> {
+        let mut content = self.pending.clone();
+        content.push(Content::Text(question.to_owned()));
+        self.conversation
+            .messages
+            .push(Message::new(Role::User, content));
+        match self.answer() {
+            Ok(text) => {
+                self.pending.clear();
+                self.conversation
+                    .messages
+                    .push(Message::text(Role::Assistant, text));
+                Ok(())
+            }
+            Err(error) if error.is::<output::ReaderGone>() => Err(error),
+            Err(error) => {
+                self.conversation.messages.pop();
+                eprintln!("error: {error:#}");
+                Ok(())
+            }
+        }
+    }
+
+    fn answer(&mut self) -> Result<String> {
+        let conversations = std::slice::from_ref(&self.conversation);
+        let inputs = self.pipeline.inputs(conversations, &self.media, true)?;
+        let tokenizer = &self.pipeline.processor.tokenizer;
+        let mut stream = AnswerStream::new(tokenizer, self.generation.stop.clone());
+        let eos = &self.pipeline.generation.eos_token_ids;
+        let mut bars = StageBars::new();
+        let mut failed = None;
+        let interrupted = &self.interrupted;
+        let mut on_event = |event: Event| {
+            let _ = bars.show(event);
+            if let Event::Token { id, .. } = event
+                && !eos.contains(&id)
+                && let Err(error) = stream.push(id)
+            {
+                failed = Some(error);
+            }
+            match failed.is_some() || interrupted.load(Ordering::SeqCst) {
+                true => ControlFlow::Break(()),
+                false => ControlFlow::Continue(()),
+            }
+        };
+        let result = self.engine.generate_in_session(
+            &mut self.session,
+            &inputs,
+            &self.generation,
+            &Text(tokenizer),
+            &mut on_event,
+        );
+        bars.finish();
+        let generation = result?;
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        stream.finish()?;
+        let clock = Clock {
+            media_s: 0.0,
+            load_s: std::mem::take(&mut self.load_s),
+        };
+        pipeline::report(&self.media, clock, &generation);
+        let ids = generation.completions.first().map_or(&[][..], |c| &c.ids);
+        text_of(&self.pipeline, ids, &self.generation)
+    }
+
+    fn history(&self) -> Result<()> {
+        for message in &self.conversation.messages {
+            let part = |content: &Content| match content {
+                Content::Text(text) => text.clone(),
+                Content::Image(_) => "[image]".into(),
+                Content::Video(_) => "[video]".into(),
+            };
+            let text: Vec<String> = message.content.iter().map(part).collect();
+            output::line(&format!("{}: {}", message.role.as_str(), text.join(" ")))?;
+        }
+        Ok(())
+    }
+}
+
+/// Lines from a person (with editing and history) or from a pipe.
+enum Lines {
+    Person(Box<rustyline::DefaultEditor>),
+    Pipe(std::io::Lines<std::io::StdinLock<'static>>),
+}
+
+impl Lines {
+    fn new() -> Result<Self> {
+        match std::io::stdin().is_terminal() {
+            true => match rustyline::DefaultEditor::new() {
+                Ok(editor) => Ok(Self::Person(Box::new(editor))),
+                Err(cause) => {
+                    note(&format!("no line editing here ({cause})"));
+                    Ok(Self::Pipe(std::io::stdin().lock().lines()))
+                }
+            },
+            false => Ok(Self::Pipe(std::io::stdin().lock().lines())),
+        }
+    }
+
+    fn next(&mut self) -> Result<Option<String>> {
+        match self {
+            Self::Pipe(lines) => lines.next().transpose().context("cannot read the question"),
+            Self::Person(editor) => match editor.readline(PROMPT) {
+                Ok(line) => {
+                    let _ = editor.add_history_entry(&line);
+                    Ok(Some(line))
+                }
+                Err(ReadlineError::Eof | ReadlineError::Interrupted) => Ok(None),
+                Err(cause) => Err(cause).context("cannot read the question"),
+            },
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! The media that conversations name, loaded: files, URLs (fetched first), base64, lists of frames.
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use llava_next_video::media::{
+    FrameSampling, Image, MediaLimits, Video, VideoMetadata, decode_data_uri_or_base64,
+    decode_image, decode_video, load_image, sample_indices,
+};
+use llava_next_video::processor::conversation::{Conversation, MediaSource};
+
+use crate::fetch;
+use crate::progress::{Unit, bar, note};
+
+/// The media of a batch, in the order of their placeholders, and what loading them took.
+#[derive(Debug, Default)]
+pub struct LoadedMedia {
+    /// Images of all conversations.
+    pub images: Vec<Image>,
+    /// Videos of all conversations.
+    pub videos: Vec<Video>,
+    /// Seconds.
+    pub seconds: f64,
+}
+
+impl LoadedMedia {
+    /// Frames of all videos.
+    pub fn frames(&self) -> usize {
+        self.videos.iter().map(|video| video.frames.len()).sum()
+    }
+
+    /// Loads everything that `conversations` name.
+    pub fn load(conversations: &[Conversation], sampling: FrameSampling) -> Result<Self> {
+        let start = Instant::now();
+        let limits = MediaLimits::default();
+        let images: Vec<_> = conversations
+            .iter()
+            .flat_map(Conversation::images)
+            .collect();
+        let videos: Vec<_> = conversations
+            .iter()
+            .flat_map(Conversation::videos)
+            .collect();
+        let progress = bar((images.len() + videos.len()) as u64, Unit::Count, "media");
+        let mut loaded = Self::default();
+        for source in images {
+            loaded.images.push(image(named(source, "image")?, &limits)?);
+            progress.inc(1);
+        }
+        for source in videos {
+            loaded
+                .videos
+                .push(video(named(source, "video")?, sampling, &limits)?);
+            progress.inc(1);
+        }
+        progress.finish_and_clear();
+        for text in loaded.videos.iter().flat_map(|video| &video.notes) {
+            note(text);
+        }
+        loaded.seconds = start.elapsed().as_secs_f64();
+        Ok(loaded)
+    }
+}
+
+/// What was typed after `--video` or `--image`.
+pub fn source(text: &str) -> MediaSource {
+    if text.starts_with("data:") {
+        return MediaSource::Base64(text.to_owned());
+    }
+    match fetch::is_url(text) && !text.starts_with("file://") {
+        true => MediaSource::Url(text.to_owned()),
+        false => MediaSource::Path(text.strip_prefix("file://").unwrap_or(text).into()),
+    }
+}
+
+fn named<'a>(source: Option<&'a MediaSource>, kind: &str) -> Result<&'a MediaSource> {
+    source.with_context(|| {
+        format!("a {kind} of the conversation has no source: give it a \"path\" or a \"url\"")
+    })
+}
+
+fn image(source: &MediaSource, limits: &MediaLimits) -> Result<Image> {
+    Ok(match source {
+        MediaSource::Path(path) => load_image(path, limits)?,
+        MediaSource::Base64(text) => decode_data_uri_or_base64(text, limits)?,
+        MediaSource::Url(url) => {
+            let file = fetch::download(url)?;
+            let bytes = std::fs::read(file.path()).context("cannot read what was fetched")?;
+            decode_image(&bytes, url, limits)?
+        }
+        MediaSource::Frames(_) => bail!("an image cannot be a list; give one picture"),
+    })
+}
+
+fn video(source: &MediaSource, sampling: FrameSampling, limits: &MediaLimits) -> Result<Video> {
+    match source {
+        MediaSource::Path(path) => local_video(path, sampling, limits),
+        MediaSource::Url(url) => {
+            let file = fetch::download(url)?;
+            local_video(file.path(), sampling, limits).with_context(|| format!("in {url}"))
+        }
+        MediaSource::Frames(frames) => video_of_images(frames, sampling, limits),
+        MediaSource::Base64(_) => {
+            bail!("a video in base64 cannot be read here: write it to a file and give its path")
+        }
+    }
+}
+
+fn local_video(path: &Path, sampling: FrameSampling, limits: &MediaLimits) -> Result<Video> {
+    Ok(decode_video(path, sampling, limits, None)?)
+}
+
+/// A video given as pictures, sampled like any other. It has no frame rate, so none can be asked for.
+fn video_of_images(
+    sources: &[MediaSource],
+    sampling: FrameSampling,
+    limits: &MediaLimits,
+) -> Result<Video> {
+    if let FrameSampling::Fps(_) = sampling {
+        bail!("a video given as pictures has no frame rate: use --num-frames instead of --fps");
+    }
+    let total = sources.len();
+    let indices = sample_indices(total, 1.0, sampling)?;
+    let frames = indices
+        .iter()
+        .map(|i| image(&sources[*i], limits))
+        .collect::<Result<Vec<Image>>>()?;
+    if let Some(odd) = frames.iter().find(|frame| frame.size != frames[0].size) {
+        bail!(
+            "the pictures of a video must be of one size, but one has {} x {} pixels and another \
+             {} x {}",
+            frames[0].size.width,
+            frames[0].size.height,
+            odd.size.width,
+            odd.size.height
+        );
+    }
+    Ok(Video {
+        timestamps: indices.iter().map(|i| *i as f64).collect(),
+        frames_indices: indices,
+        frames,
+        metadata: VideoMetadata {
+            total_num_frames: total,
+            fps: 1.0,
+            duration: total as f64,
+        },
+        notes: Vec::new(),
+    })
+}

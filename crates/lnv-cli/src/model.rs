@@ -1,0 +1,156 @@
+//! From what was typed to a loaded model and the library's options.
+
+use std::str::FromStr;
+use std::time::Instant;
+
+use anyhow::{Result, anyhow, bail};
+use llava_next_video::config::{
+    CheckpointFiles, Dtype, LlavaNextVideoConfig, RopeOverride, parse_rope_override,
+};
+use llava_next_video::engine::{EarlyStopping, GenerationOptions, Sampling};
+use llava_next_video::media::FrameSampling;
+use llava_next_video::model::{LlavaNextVideoModel, LoadOptions};
+use lnv_kernels::Device;
+
+use crate::args::{DtypeArg, EarlyStoppingArg, FrameArgs, GenerationArgs, QuantizeArg, RunArgs};
+use crate::progress::{Unit, bar};
+
+/// Frames of a video when nothing else is said.
+pub const DEFAULT_FRAMES: usize = 8;
+
+/// A model in memory, and how long that took.
+pub struct Loaded {
+    /// The model.
+    pub model: LlavaNextVideoModel,
+    /// Seconds.
+    pub seconds: f64,
+}
+
+/// Settings that were checked before anything is read.
+#[derive(Debug, Clone, Copy)]
+pub struct RunOptions {
+    /// Type of the weights.
+    pub dtype: Option<Dtype>,
+    /// Where to compute.
+    pub device: Device,
+    /// Rotary scaling.
+    pub rope: Option<RopeOverride>,
+}
+
+impl RunOptions {
+    /// Checks what was typed.
+    pub fn new(args: &RunArgs) -> Result<Self> {
+        if let Some(quantize) = args.quantize {
+            bail!(
+                "--quantize {} is not available in this version: leave it out to run in the \
+                 checkpoint's own type",
+                match quantize {
+                    QuantizeArg::Q8 => "q8",
+                    QuantizeArg::Q4 => "q4",
+                    QuantizeArg::Nf4 => "nf4",
+                    QuantizeArg::Fp4 => "fp4",
+                    QuantizeArg::Int8 => "int8",
+                }
+            );
+        }
+        Ok(Self {
+            dtype: dtype(args.dtype),
+            device: Device::from_str(&args.device).map_err(|e| anyhow!("{e}"))?,
+            rope: args
+                .rope_scaling
+                .as_deref()
+                .map(parse_rope_override)
+                .transpose()?,
+        })
+    }
+
+    /// Loads a checkpoint with a progress bar; `frames` is what `--rope-scaling auto` reckons with.
+    pub fn load(
+        &self,
+        config: LlavaNextVideoConfig,
+        files: &CheckpointFiles,
+        frames: usize,
+    ) -> Result<Loaded> {
+        let start = Instant::now();
+        let progress = bar(0, Unit::Bytes, "loading");
+        let report = |done: usize, total: usize| {
+            progress.set_length(total as u64);
+            progress.set_position(done as u64);
+        };
+        let options = LoadOptions {
+            dtype: self.dtype,
+            device: self.device,
+            rope: self.rope.map(|rope| (rope, frames)),
+            progress: Some(&report),
+        };
+        let model = LlavaNextVideoModel::load_as(config, files, &options);
+        progress.finish_and_clear();
+        Ok(Loaded {
+            model: model?,
+            seconds: start.elapsed().as_secs_f64(),
+        })
+    }
+}
+
+fn dtype(arg: DtypeArg) -> Option<Dtype> {
+    match arg {
+        DtypeArg::Auto => None,
+        DtypeArg::F32 => Some(Dtype::F32),
+        DtypeArg::Bf16 => Some(Dtype::Bf16),
+        DtypeArg::F16 => Some(Dtype::F16),
+    }
+}
+
+/// Which frames to take.
+pub fn sampling(args: &FrameArgs) -> Result<FrameSampling> {
+    match (args.num_frames, args.fps) {
+        (Some(0), _) => bail!("--num-frames is 0; it must be at least 1"),
+        (Some(n), _) => Ok(FrameSampling::NumFrames(n)),
+        (None, Some(fps)) if !(fps > 0.0 && fps.is_finite()) => {
+            bail!("--fps is {fps}; it must be above 0")
+        }
+        (None, Some(fps)) => Ok(FrameSampling::Fps(fps)),
+        (None, None) => Ok(FrameSampling::Default(DEFAULT_FRAMES)),
+    }
+}
+
+/// How to generate; `default_tokens` is the limit where none was typed.
+pub fn generation(
+    args: &GenerationArgs,
+    default_tokens: Option<usize>,
+) -> Result<GenerationOptions> {
+    let warped = args.top_k.is_some() || args.top_p.is_some() || args.min_p.is_some();
+    let usual = Sampling::default();
+    let sampling = match args.temperature {
+        Some(0.0) => None,
+        None if !warped => None,
+        temperature => Some(Sampling {
+            temperature: temperature.unwrap_or(usual.temperature),
+            top_k: args.top_k.unwrap_or(usual.top_k),
+            top_p: args.top_p.unwrap_or(usual.top_p),
+            min_p: args.min_p.unwrap_or(usual.min_p),
+        }),
+    };
+    Ok(GenerationOptions {
+        max_new_tokens: match args.max_length {
+            Some(_) => args.max_new_tokens,
+            None => args.max_new_tokens.or(default_tokens),
+        },
+        max_length: args.max_length,
+        min_new_tokens: args.min_new_tokens,
+        sampling,
+        seed: args.seed,
+        repetition_penalty: args.repetition_penalty,
+        no_repeat_ngram_size: args.no_repeat_ngram_size,
+        num_beams: args.num_beams,
+        num_return_sequences: args.num_return_sequences,
+        length_penalty: args.length_penalty,
+        early_stopping: match args.early_stopping {
+            Some(EarlyStoppingArg::True) => EarlyStopping::WhenFull,
+            Some(EarlyStoppingArg::Never) => EarlyStopping::Never,
+            _ => EarlyStopping::Heuristic,
+        },
+        eos_token_ids: None,
+        stop: args.stop.clone(),
+    })
+}

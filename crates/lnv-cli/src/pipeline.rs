@@ -1,0 +1,270 @@
+//! What the commands share: a checkpoint's files and processor, conversations to inputs, and the report
+//! at the end.
+
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use clap::ArgMatches;
+use indicatif::ProgressBar;
+use llava_next_video::config::{CheckpointFiles, GenerationConfig, LlavaNextVideoConfig};
+use llava_next_video::engine::{Event, Generation};
+use llava_next_video::processor::chat_template::TemplateOptions;
+use llava_next_video::processor::conversation::{Content, Conversation, ConversationFile};
+use llava_next_video::processor::inputs::ModelInputs;
+use llava_next_video::processor::{LlavaNextVideoProcessor, ModelFacts, ProcessOptions};
+
+use crate::checkpoint;
+use crate::media::{LoadedMedia, source};
+use crate::progress::{Unit, bar, note};
+
+/// The largest conversation or inputs file.
+const MAX_FILE_BYTES: u64 = 8 << 30;
+
+/// A checkpoint, read but for its weights.
+pub struct Pipeline {
+    /// Its files.
+    pub files: CheckpointFiles,
+    /// Its configuration, with the placeholder ids of its tokenizer.
+    pub config: LlavaNextVideoConfig,
+    /// Its defaults for generation.
+    pub generation: GenerationConfig,
+    /// Text and pixels to inputs.
+    pub processor: LlavaNextVideoProcessor,
+}
+
+impl Pipeline {
+    /// Reads configuration, tokenizer and templates of `--model`; `speak` repeats what the files made
+    /// worth knowing.
+    pub fn open(model: Option<&str>, speak: bool) -> Result<Self> {
+        let files = checkpoint::open(model)?;
+        let mut config = LlavaNextVideoConfig::read(&files)?;
+        let generation = GenerationConfig::read(&files)?;
+        let processor = LlavaNextVideoProcessor::from_files(&files, &facts(&config))?;
+        if speak {
+            processor.notes.iter().for_each(|text| note(text));
+        }
+        // Where the two disagree the tokenizer's ids are the ones that a prompt will hold.
+        config.image_token_index = processor.image_token_id;
+        config.video_token_index = processor.video_token_id;
+        Ok(Self {
+            files,
+            config,
+            generation,
+            processor,
+        })
+    }
+
+    /// Conversations and their media to inputs.
+    pub fn inputs(
+        &self,
+        conversations: &[Conversation],
+        media: &LoadedMedia,
+        add_generation_prompt: bool,
+    ) -> Result<ModelInputs> {
+        let template = TemplateOptions {
+            add_generation_prompt,
+            ..TemplateOptions::default()
+        };
+        let options = ProcessOptions::default();
+        let processed = self.processor.apply_chat_template(
+            conversations,
+            &media.images,
+            &media.videos,
+            &template,
+            &options,
+        )?;
+        Ok(processed.inputs)
+    }
+}
+
+/// What the processor must know of the model.
+pub fn facts(config: &LlavaNextVideoConfig) -> ModelFacts {
+    let vision = &config.vision_config;
+    ModelFacts {
+        text_model_type: config.text_config.backbone.name().to_owned(),
+        image_size: vision.image_size,
+        patch_size: vision.patch_size,
+        has_cls: vision.has_class_token(),
+        vision_feature_select_strategy: config.vision_feature_select_strategy.name().to_owned(),
+        image_token_id: config.image_token_index,
+        video_token_id: config.video_token_index,
+        spatial_pool_stride: config.spatial_pool_stride,
+        image_grid_pinpoints: config.image_grid_pinpoints.clone(),
+    }
+}
+
+/// Reads a file of one conversation or a batch.
+pub fn read_conversations(path: &std::path::Path) -> Result<ConversationFile> {
+    let bytes = read_file(path)?;
+    let Ok(text) = String::from_utf8(bytes) else {
+        bail!(
+            "{} is not text in UTF-8: it must hold a conversation as JSON",
+            path.display()
+        );
+    };
+    ConversationFile::parse(&text).with_context(|| path.display().to_string())
+}
+
+/// Reads a whole file, bounded.
+pub fn read_file(path: &std::path::Path) -> Result<Vec<u8>> {
+    let read = || -> std::io::Result<Vec<u8>> {
+        let length = std::fs::metadata(path)?.len();
+        if length > MAX_FILE_BYTES {
+            return Err(std::io::Error::other(format!(
+                "it has {length} bytes, which is too many"
+            )));
+        }
+        std::fs::read(path)
+    };
+    read().map_err(|cause| llava_next_video::Error::io("read", path, &cause).into())
+}
+
+/// A `--video` or `--image` as it was typed.
+pub enum NamedMedium {
+    /// `--video`.
+    Video(String),
+    /// `--image`.
+    Image(String),
+}
+
+/// The media in the order in which they were typed, over both options.
+pub fn media_order(matches: &ArgMatches) -> Vec<NamedMedium> {
+    let mut media: Vec<(usize, NamedMedium)> = Vec::new();
+    let of = |name: &str, make: fn(String) -> NamedMedium| -> Vec<(usize, NamedMedium)> {
+        let values = matches.try_get_many::<String>(name).ok().flatten();
+        let (Some(values), Some(indices)) = (values, matches.indices_of(name)) else {
+            return Vec::new();
+        };
+        indices.zip(values.map(|v| make(v.clone()))).collect()
+    };
+    if matches.try_contains_id("video").is_ok() && matches.try_contains_id("image").is_ok() {
+        media.extend(of("video", NamedMedium::Video));
+        media.extend(of("image", NamedMedium::Image));
+    }
+    media.sort_by_key(|(index, _)| *index);
+    media.into_iter().map(|(_, medium)| medium).collect()
+}
+
+/// The parts of a message with these media.
+pub fn media_content(media: &[NamedMedium]) -> Vec<Content> {
+    let part = |medium: &NamedMedium| match medium {
+        NamedMedium::Video(text) => Content::Video(Some(source(text))),
+        NamedMedium::Image(text) => Content::Image(Some(source(text))),
+    };
+    media.iter().map(part).collect()
+}
+
+/// Bars for the vision tower and the prefill.
+pub struct StageBars {
+    bar: Option<(Stage, ProgressBar)>,
+}
+
+#[derive(PartialEq)]
+enum Stage {
+    Vision,
+    Prefill,
+}
+
+impl StageBars {
+    /// No bar yet.
+    pub fn new() -> Self {
+        Self { bar: None }
+    }
+
+    /// Shows an event; a token ends the bars.
+    pub fn show(&mut self, event: Event) -> ControlFlow<()> {
+        match event {
+            Event::Vision { done, total } => self.set(Stage::Vision, done, total),
+            Event::Prefill { done, total } => self.set(Stage::Prefill, done, total),
+            Event::Token { .. } => self.finish(),
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// Removes the bar.
+    pub fn finish(&mut self) {
+        if let Some((_, bar)) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+
+    fn set(&mut self, stage: Stage, done: usize, total: usize) {
+        if self.bar.as_ref().is_none_or(|(shown, _)| *shown != stage) {
+            self.finish();
+            let (unit, what) = match stage {
+                Stage::Vision => (Unit::Count, "looking"),
+                Stage::Prefill => (Unit::Percent, "reading"),
+            };
+            self.bar = Some((stage, bar(total as u64, unit, what)));
+        }
+        if let Some((_, bar)) = &self.bar {
+            bar.set_position(done as u64);
+        }
+    }
+}
+
+/// Seconds outside the engine, for the report.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Clock {
+    /// Decoding and preprocessing.
+    pub media_s: f64,
+    /// Loading the weights.
+    pub load_s: f64,
+}
+
+/// The line at the end: frames, tokens, seconds a stage, tokens a second.
+pub fn report(media: &LoadedMedia, clock: Clock, generation: &Generation) {
+    let t = &generation.timings;
+    let new: usize = generation.completions.iter().map(|c| c.ids.len()).sum();
+    let prompt: usize = generation.prompt_tokens.iter().sum();
+    let mut parts = Vec::new();
+    if media.frames() > 0 {
+        parts.push(format!("{} frames", media.frames()));
+    }
+    if !media.images.is_empty() {
+        parts.push(format!("{} image(s)", media.images.len()));
+    }
+    let cached = match generation.cached_tokens {
+        0 => String::new(),
+        n => format!(" ({n} kept)"),
+    };
+    parts.push(format!("{prompt} prompt tokens{cached}"));
+    parts.push(format!("{new} new"));
+    let rate = match t.decode_steps {
+        0 => String::new(),
+        _ => format!(
+            " ({:.1} tokens/s)",
+            new.saturating_sub(1).max(1) as f64 / t.decode_s
+        ),
+    };
+    eprintln!(
+        "{} | media {:.2} s, load {:.2} s, vision {:.2} s, prefill {:.2} s, decode {:.2} s{rate}",
+        parts.join(", "),
+        clock.media_s,
+        clock.load_s,
+        t.vision_s,
+        t.prefill_s,
+        t.decode_s,
+    );
+}
+
+/// Runs media loading beside the loading of weights: both are waiting for different things.
+pub fn beside<A: Send, B>(
+    first: impl FnOnce() -> Result<A> + Send,
+    second: impl FnOnce() -> Result<B>,
+) -> Result<(A, B)> {
+    std::thread::scope(|scope| {
+        let first = scope.spawn(first);
+        let second = second();
+        match first.join() {
+            Ok(first) => Ok((first?, second?)),
+            Err(_) => bail!("reading the media broke off. This is a bug: please report it"),
+        }
+    })
+}
+
+/// Seconds since `start`.
+pub fn seconds(start: Instant) -> f64 {
+    start.elapsed().as_secs_f64()
+}

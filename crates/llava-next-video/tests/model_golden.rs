@@ -349,3 +349,69 @@ fn generation_equals_transformers() {
         failures.join("\n")
     );
 }
+
+/// In bf16 our logits are nearer to the f32 truth of the same weights than the reference's bf16 logits:
+/// weights and the inputs of products are rounded as there, the residual stream is not.
+#[test]
+fn bf16_is_at_least_as_exact_as_the_reference() {
+    let mut compared = 0;
+    for name in configurations() {
+        let directory = golden().join(&name);
+        let files = CheckpointFiles::open(&directory).unwrap();
+        let load = LoadOptions {
+            dtype: Some(Dtype::Bf16),
+            ..LoadOptions::default()
+        };
+        let model = LlavaNextVideoModel::load(&files, &load).unwrap();
+        let cases: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(directory.join("cases.json")).unwrap()).unwrap();
+        for case in cases["cases"].as_array().unwrap() {
+            let Some(outputs) = case["outputs"].as_str() else {
+                continue;
+            };
+            let bytes = std::fs::read(golden().join(outputs)).unwrap();
+            let st = SafeTensors::deserialize(&bytes).unwrap();
+            let Ok(theirs) = st.tensor("logits_bf16") else {
+                continue;
+            };
+            let tail = st.tensor("logits").is_err();
+            let truth = st
+                .tensor(if tail { "logits_tail" } else { "logits" })
+                .unwrap();
+            let (columns, vocab) = (theirs.shape()[1], theirs.shape()[2]);
+            let inputs = &golden().join(case["inputs"].as_str().unwrap());
+            let (inputs, _) = read_inputs(inputs, model.config());
+            let out = model
+                .forward(&inputs, None, &ForwardOptions::default())
+                .unwrap();
+            let s = inputs.input_ids[0].len();
+            let ours: Vec<f32> = out
+                .logits
+                .data
+                .chunks(s * vocab)
+                .flat_map(|row| row[(s - columns) * vocab..].to_vec())
+                .collect();
+            let truth = f32s(&truth);
+            let rows = truth.len() / (columns * vocab);
+            let truth: Vec<f32> = truth
+                .chunks(truth.len() / rows)
+                .flat_map(|row| row[row.len() - columns * vocab..].to_vec())
+                .collect();
+            let shown = |i: usize| {
+                inputs.attention_mask[i / (columns * vocab)][s - columns + i / vocab % columns]
+            };
+            let own = difference(&ours, &truth, &shown);
+            let reference = difference(&f32s(&theirs), &truth, &shown);
+            assert!(
+                own <= reference,
+                "{name}/{}: {own} against {reference}",
+                case["name"]
+            );
+            compared += 1;
+        }
+    }
+    assert!(
+        compared > 0 || std::env::var_os("LNV_GOLDEN").is_some(),
+        "nothing compared"
+    );
+}

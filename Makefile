@@ -30,7 +30,7 @@ demo: build
 	@tools/setup/demo.sh '$(CLIP)' '$(QUESTION)'
 
 test: setup
-	cargo test --workspace --locked
+	cargo test --workspace --locked --no-fail-fast
 
 check: fmt clippy doc deny
 

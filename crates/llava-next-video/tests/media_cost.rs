@@ -49,12 +49,29 @@ fn repeat(source: &Path, target: &Path, times: i64) {
     output.write_trailer().unwrap();
 }
 
+/// Processor time that this process has used, where the system tells, else time: other tests share the machine.
+fn now(began: Instant) -> Duration {
+    let used = || {
+        let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+        // User and system time, in hundredths of a second.
+        let ticks = fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?;
+        Some(Duration::from_millis(ticks * 10))
+    };
+    used().unwrap_or_else(|| began.elapsed())
+}
+
+/// Frames in all, and the cost of taking eight, on average over five calls after the first.
 fn sample(path: &Path) -> (usize, Duration) {
-    let start = Instant::now();
     let limits = MediaLimits::default();
-    let video = decode_video(path, FrameSampling::NumFrames(8), &limits, None).unwrap();
-    assert_eq!(video.frames.len(), 8);
-    (video.metadata.total_num_frames, start.elapsed())
+    let call = || decode_video(path, FrameSampling::NumFrames(8), &limits, None).unwrap();
+    let total = call().metadata.total_num_frames;
+    let began = Instant::now();
+    let start = now(began);
+    for _ in 0..5 {
+        assert_eq!(call().frames.len(), 8);
+    }
+    (total, (now(began) - start) / 5)
 }
 
 /// The most memory that this process has held, in MiB, where the system tells.
@@ -72,14 +89,14 @@ fn eight_frames_of_ten_minutes_cost_eight_groups() {
     for name in ["long.mp4", "long.mkv"] {
         let long = dir.path().join(name);
         repeat(&here.join("../../testdata/media/h264.mp4"), &long, 200);
-        let (total, _) = sample(&long);
+        let (total, fast) = sample(&long);
         assert_eq!(total, 15000, "{name}");
-        let (_, fast) = sample(&long);
-        let start = Instant::now();
+        let began = Instant::now();
+        let start = now(began);
         let limits = MediaLimits::default();
         let whole = decode_video_everything(&long, FrameSampling::NumFrames(8), &limits).unwrap();
         // It decodes the file twice, to count and to pick; once is the fair measure.
-        let slow = start.elapsed() / 2;
+        let slow = (now(began) - start) / 2;
         let quick = decode_video(&long, FrameSampling::NumFrames(8), &limits, None).unwrap();
         assert!(quick.frames == whole.frames, "{name}: frames differ");
         println!("{name}: 8 of {total} frames in {fast:?}, the whole file in {slow:?}");
@@ -101,17 +118,10 @@ fn eight_frames_of_ten_minutes_cost_eight_groups() {
     };
     let long = dir.path().join("long720.mp4");
     repeat(&clip, &long, 113);
-    let (total, first) = sample(&long);
-    let (_, second) = sample(&long);
-    println!(
-        "8 of {total} frames of 1280x720 in {first:?}, then {second:?}; peak {:?} MiB",
-        peak_mib()
-    );
-    // A second is the promise on an idle machine; tests share theirs.
-    assert!(second < Duration::from_secs(4), "{second:?}");
-    assert!(
-        peak_mib().is_none_or(|mib| mib < 300),
-        "{:?} MiB",
-        peak_mib()
-    );
+    let (total, cost) = sample(&long);
+    let peak = peak_mib();
+    println!("8 of {total} frames of 1280x720 in {cost:?} of processor time; peak {peak:?} MiB");
+    // The promise is a second on two idle processors.
+    assert!(cost < Duration::from_secs(2), "{cost:?}");
+    assert!(peak.is_none_or(|mib| mib < 300), "{peak:?} MiB");
 }

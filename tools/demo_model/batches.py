@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from catalogue import questions
 from layout import BOS, EOS, GRID, MEAN, SIDE, STD, UNK
 from render_train import degrade, render
-from scene_train import random_scene, sample_times
+from scene_train import radius_of, random_scene, sample_times
 
-QUESTIONS = 6
+QUESTIONS = 9
+MASK = 6  # cells along a patch in the figure-ground target
 # Words whose loss leaves a question clear; at times replaced by <unk>, so that a
 # word outside the vocabulary does no harm.
 DROPPABLE = set("the a an in this video clip footage image picture photo please can you see there do tell me".split())
@@ -35,6 +36,7 @@ class Batch:
     times: list
     state: dict
     patch_cover: torch.Tensor  # (objects, frames, GRID, GRID), of frames or base tiles
+    mask: torch.Tensor  # (clips, frames, GRID, GRID, MASK * MASK) figure against ground
     video: bool
     size: tuple = None  # (height, width) of a still
 
@@ -43,8 +45,33 @@ def normalise(image):
     return (image - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
+def patches_of(alpha, cells):
+    return F.avg_pool2d(alpha, alpha.shape[-1] // cells)
+
+
 def patches(alpha):
-    return F.avg_pool2d(alpha, alpha.shape[-1] // GRID)
+    return patches_of(alpha, GRID)
+
+
+def figure_mask(state, alpha, clips):
+    """How much of each cell of each patch is covered by any shape."""
+    covered = torch.zeros(clips, *alpha.shape[1:])
+    for i, clip in enumerate(state["clip"]):
+        covered[clip] = torch.maximum(covered[clip], alpha[i])
+    cells = patches_of(covered, GRID * MASK)
+    cells = cells.unflatten(-1, (GRID, MASK)).unflatten(-3, (GRID, MASK))
+    return cells.transpose(-3, -2).flatten(-2)
+
+
+def easy_batch(rng, clips):
+    """One large shape, drawn cleanly: where learning to tell shapes begins."""
+    scenes = [random_scene(rng, video=False, count=1) for _ in range(clips)]
+    for scene in scenes:
+        scene.objects[0].radius = radius_of(rng, 0.18, 0.38)
+        scene.aspect = 1 + 0.3 * (scene.aspect - 1)
+    times = [np.zeros(1)] * clips
+    image, state, alpha = render(scenes, times, rng, SIDE, SIDE)
+    return Batch(normalise(image), scenes, times, state, patches(alpha), figure_mask(state, alpha, clips), True)
 
 
 def video_batch(rng, clips, frames, **kw):
@@ -52,7 +79,7 @@ def video_batch(rng, clips, frames, **kw):
     shared = sample_times(rng, frames)
     times = [shared] * clips
     image, state, alpha = render(scenes, times, rng, SIDE, SIDE)
-    return Batch(normalise(degrade(image, rng)), scenes, times, state, patches(alpha), True)
+    return Batch(normalise(degrade(image, rng)), scenes, times, state, patches(alpha), figure_mask(state, alpha, clips), True)
 
 
 def still_batch(rng, clips):
@@ -80,7 +107,7 @@ def still_batch(rng, clips):
         tiles[..., pad:pad + long, :] = image
         tiles = torch.stack(tiles.split(SIDE, -2), 1)
     pixels = normalise(torch.cat([base, tiles], 1))
-    return Batch(pixels, scenes, times, st, patches(alpha), False, (height, width))
+    return Batch(pixels, scenes, times, st, patches(alpha), figure_mask(st, alpha, clips), False, (height, width))
 
 
 class Words:

@@ -179,6 +179,6 @@ def render_clip(path, scene, size, rng):
     write_clip(path, scene, size, Look(rng), rng, frames, fps, choice(rng, (18, 23, 28, 32)))
 
 
-def render_still(path, scene, size, rng):
-    image = Image.fromarray(Look(rng).frame(scene, 0.0, size, rng))
+def render_still(path, scene, size, rng, look=None):
+    image = Image.fromarray((look or Look(rng)).frame(scene, 0.0, size, rng))
     image.save(path, quality=int(rng.integers(60, 95))) if Path(path).suffix == ".jpg" else image.save(path)

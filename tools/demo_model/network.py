@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.llava_next_video.modeling_llava_next_video import unpad_image
 
+from batches import MASK
 from layout import GRID
 from scene import BACKGROUNDS, COLOURS, SHAPES
 
@@ -68,7 +69,7 @@ def read(model, media, packed, prefix_ids):
 class Heads(nn.Module):
     """Training-only predictions; not part of the checkpoint."""
 
-    SPLIT = (len(SHAPES) + 1, len(COLOURS) + 1, len(BACKGROUNDS), 4, 5, 4)
+    SPLIT = (len(SHAPES) + 1, len(COLOURS) + 1, len(BACKGROUNDS), 4, 5, 4, MASK * MASK)
 
     def __init__(self, vision, text):
         super().__init__()
@@ -77,26 +78,37 @@ class Heads(nn.Module):
         self.outcome = nn.Linear(text, len(OUTCOMES))
 
 
+def owners(batch, cover, least=0.1):
+    """Shape and colour (from 1; 0 is none) of the object that covers most of each cell
+    in each frame.  `cover` is (objects, frames, rows, columns)."""
+    clips = len(batch.scenes)
+    shape = torch.zeros(clips, *cover.shape[1:], dtype=torch.long)
+    colour, best = torch.zeros_like(shape), torch.full(shape.shape, least)
+    for i, clip in enumerate(batch.state["clip"]):
+        o = batch.scenes[clip].objects[batch.state["slot"][i]]
+        mine = cover[i] > best[clip]
+        best[clip] = torch.where(mine, cover[i], best[clip])
+        shape[clip][mine] = SHAPES.index(o.shape) + 1
+        named = torch.full((cover.shape[1],), COLOURS.index(o.colour) + 1)
+        if o.event == "turn":
+            named[torch.from_numpy(o.progress(batch.times[clip])) > 0.5] = COLOURS.index(o.turns_to) + 1
+        colour[clip] = torch.where(mine, named[:, None, None], colour[clip])
+    return shape, colour
+
+
 def patch_targets(batch):
-    """Per frame and patch: owner's shape, colour, offset; per frame: count, whereabouts."""
+    """Per frame and patch: the owner's offset and size; per frame: how many shapes,
+    and where the last of them is."""
     st, cover = batch.state, batch.patch_cover
     clips, frames = len(batch.scenes), cover.shape[1]
-    shape = torch.zeros(clips, frames, GRID, GRID, dtype=torch.long)
-    colour = torch.zeros_like(shape)
     best = torch.full((clips, frames, GRID, GRID), 0.1)
     offset = torch.zeros(clips, frames, GRID, GRID, 4)
     count = torch.zeros(clips, frames, dtype=torch.long)
     where = torch.zeros(clips, frames, 4)
     centre = (torch.arange(GRID) + 0.5) / GRID
     for i, clip in enumerate(st["clip"]):
-        o = batch.scenes[clip].objects[st["slot"][i]]
         mine = cover[i] > best[clip]
         best[clip] = torch.where(mine, cover[i], best[clip])
-        shape[clip][mine] = SHAPES.index(o.shape) + 1
-        named = torch.full((frames,), COLOURS.index(o.colour) + 1)
-        if o.event == "turn":
-            named[torch.from_numpy(o.progress(batch.times[clip])) > 0.5] = COLOURS.index(o.turns_to) + 1
-        colour[clip] = torch.where(mine, named[:, None, None], colour[clip])
         x, y, rx, ry = (torch.from_numpy(st[k][i]).float() for k in ("x", "y", "rx", "ry"))
         own = torch.stack([
             ((x[:, None, None] - centre[None, None, :]) * 4).expand(-1, GRID, -1),
@@ -108,7 +120,7 @@ def patch_targets(batch):
         seen = torch.from_numpy(st["visible"][i] > 0.5)
         count[clip] += seen
         where[clip] = torch.where(seen[:, None], torch.stack([x * 2 - 1, y * 2 - 1, rx * 3, ry * 3], -1), where[clip])
-    return shape, colour, offset, count, where
+    return offset, count, where
 
 
 def dense_loss(heads, features, batch):
@@ -118,12 +130,13 @@ def dense_loss(heads, features, batch):
     if not batch.video:
         features = features[:, :1]
     out = heads.patch(features).float().split(heads.SPLIT, -1)
-    shape, colour, offset, count, where = patch_targets(batch)
+    shape, colour = owners(batch, batch.patch_cover)
+    offset, count, where = patch_targets(batch)
     own = shape > 0
     background = torch.tensor([BACKGROUNDS.index(s.background) for s in batch.scenes])
     background = background[:, None, None, None].expand_as(shape)
     ce = lambda logits, target, mask: F.cross_entropy(logits[mask], target[mask]) if mask.any() else logits.sum() * 0
-    loss = ce(out[0], shape, own) + 0.5 * ce(out[0], shape, ~own)
+    loss = 2 * ce(out[0], shape, own) + 0.5 * ce(out[0], shape, ~own)
     loss = loss + ce(out[1], colour, own) + 0.2 * ce(out[1], colour, ~own)
     loss = loss + 0.4 * F.cross_entropy(out[2].flatten(0, -2), background.flatten())
     near = lambda guess, target: F.smooth_l1_loss(guess, target, beta=0.1) if len(target) else guess.sum()
@@ -131,7 +144,30 @@ def dense_loss(heads, features, batch):
     loss = loss + 0.5 * F.cross_entropy(out[4].flatten(0, -2), count[..., None, None].expand_as(shape).flatten())
     single = count == 1
     target = where[single][:, None, None].expand(-1, GRID, GRID, -1)
-    return loss + 2 * near(out[5][single], target)
+    loss = loss + 2 * near(out[5][single], target)
+    # Figure and ground within the patch: edges, whatever their colours, are what
+    # shape is made of; without this, shape waits long on a plateau.
+    loss = loss + 2 * F.binary_cross_entropy_with_logits(out[6], batch.mask)
+    right = (out[0].argmax(-1) == shape)[own].float().mean().item()
+    return loss, [("patch shape", right)]
+
+
+def naming_loss(model, words, media, batch):
+    """Draws each media token towards the word embeddings of the colour and shape it
+    shows, so that a word of a question finds its object by likeness."""
+    grid = GRID // 2 if batch.video else GRID  # pooled frames, or the base tile
+    frames = len(batch.times[0])
+    tokens = media[:, :frames * grid * grid].float().view(len(media), frames, grid, grid, -1)
+    cover = F.avg_pool2d(batch.patch_cover, GRID // grid)
+    shape, colour = owners(batch, cover)
+    own = shape > 0
+    tokens = F.normalize(tokens[own], dim=-1)
+    embed = model.get_input_embeddings().weight
+    loss = 0.0
+    for names, target in ((SHAPES, shape), (COLOURS, colour)):
+        table = F.normalize(embed[[words.vocab[n] for n in names]].float(), dim=-1)
+        loss = loss + F.cross_entropy(10 * tokens @ table.T, target[own] - 1)
+    return loss
 
 
 def motion_loss(heads, hidden, batch):

@@ -12,6 +12,9 @@ use lnv_kernels::{
     Span, Vector, Weight, WeightData, WeightDtype, WeightPart, probe,
 };
 
+/// Weights of one shape.
+const COPIES: usize = 4;
+
 struct Bench {
     ops: Ops,
     filter: String,
@@ -53,19 +56,36 @@ impl Bench {
                 continue;
             }
             let peak = probe::peak_gflops(self.ops.isa(), dtype);
-            let w = self.weight(n, k, dtype)?;
+            // As many as no cache holds, in turn, as a model's layers come.
+            let weights = (0..COPIES).map(|copy| self.weight(n, k, (dtype, copy)));
+            let weights: Vec<Weight> = weights.collect::<Result<_, _>>()?;
+            let mut turn = weights.iter().cycle();
             for rows in wanted {
                 let x = self.ops.upload(rows, k, &noise(rows * k));
                 let mut out = self.ops.buffer(rows, n);
                 let add = Epilogue::Add;
-                let time = best(|| self.ops.linear(&x, &w, None, add, &mut out));
-                self.report(&name(rows), (2 * rows * n * k, w.bytes()), peak, time);
+                let time = best(|| {
+                    if let Some(w) = turn.next() {
+                        self.ops.linear(&x, w, None, add, &mut out);
+                    }
+                });
+                self.report(
+                    &name(rows),
+                    (2 * rows * n * k, weights[0].bytes()),
+                    peak,
+                    time,
+                );
             }
         }
         Ok(())
     }
 
-    fn weight(&self, n: usize, k: usize, dtype: WeightDtype) -> Result<Weight, KernelError> {
+    fn weight(
+        &self,
+        n: usize,
+        k: usize,
+        (dtype, copy): (WeightDtype, usize),
+    ) -> Result<Weight, KernelError> {
         let bytes: Vec<u8> = noise(n * k)
             .iter()
             .flat_map(|v| v.to_bits().to_le_bytes()[2..].to_vec())
@@ -81,6 +101,9 @@ impl Bench {
         );
         let cpu = (cpu_seconds() - cpu) / self.ops.threads() as f64;
         let gigabytes = bytes.len() as f64 / 1e9;
+        if copy + 1 < COPIES {
+            return weight;
+        }
         println!(
             "pack {dtype:?} {n}x{k}: reads {:.1} GB/s ({:.1} alone)",
             gigabytes / start.elapsed().as_secs_f64(),

@@ -42,13 +42,13 @@ fn each_row(out: &mut [f32], cols: usize, work: impl Fn(usize, &mut [f32]) + Sen
 pub(crate) fn sum_ahead(values: &[u64]) -> u64 {
     use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 
-    let mut sum = 0u64;
-    for line in values.chunks(8) {
+    let mut sums = [0u64; 8];
+    for line in values.chunks_exact(8) {
         // SAFETY: a prefetch of any address is harmless.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(1024).cast()) };
-        for value in line {
-            sum = sum.wrapping_add(*value);
+        for (sum, value) in sums.iter_mut().zip(line) {
+            *sum = sum.wrapping_add(*value);
         }
     }
-    sum
+    sums.iter().fold(0, |sum, value| sum.wrapping_add(*value))
 }

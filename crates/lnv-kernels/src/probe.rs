@@ -5,7 +5,7 @@
 //! disturbs downwards.
 
 use std::hint::black_box;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
@@ -14,7 +14,8 @@ use crate::isa::Isa;
 use crate::ops::Ops;
 use crate::weight::WeightDtype;
 
-const TRIES: usize = 60;
+/// How long a probe tries: longer than another program keeps a core.
+const DURATION: Duration = Duration::from_millis(500);
 
 /// The arithmetic peak of all threads for this weight format, in GFLOP/s (a multiplication and an
 /// addition are two): the matrix product's own register tile over operands in the first-level
@@ -72,12 +73,13 @@ pub fn read_bandwidth_gbs() -> f64 {
 }
 
 fn best(mut run: impl FnMut()) -> f64 {
-    let time = |_| {
+    let (begin, mut best) = (Instant::now(), f64::INFINITY);
+    while begin.elapsed() < DURATION {
         let start = Instant::now();
         run();
-        start.elapsed().as_secs_f64()
-    };
-    (0..TRIES).map(time).fold(f64::INFINITY, f64::min)
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    best
 }
 
 #[cfg(target_arch = "x86_64")]

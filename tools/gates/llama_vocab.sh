@@ -7,5 +7,5 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 (cd "$folder" && npm install --silent --no-audit --no-fund --no-save llama-tokenizer-js@1.2.2 >/dev/null)
 node "$here/llama_vocab.mjs" "$folder/node_modules/llama-tokenizer-js/llama-tokenizer.js" "$folder"
-LNV_LLAMA_VOCAB="$folder" cargo test --manifest-path "$here/../../Cargo.toml" -p llava-next-video \
+LNV_LLAMA_VOCAB="$folder" cargo test --manifest-path "$here/../../Cargo.toml" --workspace \
     --test processor_llama_vocab -- --ignored

@@ -15,8 +15,9 @@
 
 pub mod error;
 
-pub mod config;
 pub mod media;
+
+pub mod config;
 pub mod processor;
 
 pub mod model;

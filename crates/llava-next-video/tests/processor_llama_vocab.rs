@@ -1,5 +1,5 @@
 //! The processor with LLaMA's real vocabulary, which `tools/gates/llama_vocab.sh` fetches and names in
-//! `LNV_LLAMA_VOCAB`. The ids are those of Transformers' own tests (behaviour.md 8.4).
+//! `LNV_LLAMA_VOCAB`. The ids are those of Transformers' own tests.
 #![allow(clippy::unwrap_used)]
 
 use std::path::PathBuf;

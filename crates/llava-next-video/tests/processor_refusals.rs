@@ -330,7 +330,7 @@ fn spans_of_the_assistant_are_counted_in_characters() {
     assert_eq!(rendered.assistant_spans, [5..7, 17..19]);
 }
 
-/// The four turns of the documentation page (behaviour.md 8.3).
+/// The four turns of the documentation page.
 fn four_turns(with_system: bool) -> Vec<Message> {
     let image = || Content::Image(None);
     let text = |text: &str| Content::Text(text.into());

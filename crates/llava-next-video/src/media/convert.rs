@@ -4,7 +4,7 @@
 //! matrix and range as tagged, BT.601 and limited where untagged. The crate's safe scaler cannot set
 //! a matrix, so the same swscale is driven through a filter graph (`buffer`, `scale`, `buffersink`), built once
 //! per kind of frame. Rotation and flips that the file asks for are applied to the RGB picture, as players
-//! do and as Transformers 4.53.3 does not (behaviour.md 12, row 26).
+//! do and as Transformers 4.53.3 does not (docs/decisions/0004, row 26).
 //!
 //! Known differences with FFmpeg 5.1 to 7, whose swscale is older than PyAV 18's: where the height is odd (or, above 8
 //! bits, the width) about 0.2 % of the values are off by up to 3 levels, from rounding; 4:4:0 and 4:1:0, which

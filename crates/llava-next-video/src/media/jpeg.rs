@@ -1,6 +1,6 @@
 //! JPEG as Pillow reads it: libjpeg-turbo's arithmetic, Pillow's own CMYK to RGB.
 //!
-//! The pure-Rust decoders differ from libjpeg-turbo by up to 3 levels (behaviour.md 12, row 29), so the C
+//! The pure-Rust decoders differ from libjpeg-turbo by up to 3 levels (docs/decisions/0004, row 29), so the C
 //! library runs, in the `mozjpeg` crate's build. It reports errors by unwinding, without a panic message; that
 //! is caught here and becomes an error.
 

@@ -2,7 +2,7 @@
 //!
 //! Transformers 4.53.3 computes the same indices in floating point, where a few pairs of numbers
 //! yield one index too many and an `IndexError`; wherever its length is right, its indices are these
-//! (behaviour.md 8.6). It refuses more frames than there are, and so does [`FrameSampling::NumFrames`].
+//!. It refuses more frames than there are, and so does [`FrameSampling::NumFrames`].
 
 use super::FrameSampling;
 use crate::{Error, Result};

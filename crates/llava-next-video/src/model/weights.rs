@@ -482,7 +482,7 @@ pub fn widen(data: WeightData<'_>) -> Vec<f32> {
 mod tests {
     use super::canonical_name;
 
-    /// Every spelling of behaviour.md section 2 comes to one name.
+    /// Every published spelling comes to one name.
     #[test]
     fn spellings_agree() {
         let rows: &[(&str, &[&str])] = &[

@@ -16,6 +16,9 @@ pub mod vision_tower;
 pub mod weights;
 
 pub use batch::{Batch, BatchSpan, DecoderOutput, Keep, Taps};
-pub use forward::{ForwardOptions, ForwardOutput, IGNORE_INDEX, LogitsToKeep, Values};
+pub use forward::{
+    ForwardInputs, ForwardOptions, ForwardOutput, ForwardSource, IGNORE_INDEX, LogitsToKeep,
+    PastKeyValues, Values,
+};
 pub use llava_next_video::{EmbeddedRow, InputsEmbeds, LlavaNextVideoModel, LoadOptions};
 pub use weights::Checkpoint;

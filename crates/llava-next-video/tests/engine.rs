@@ -12,7 +12,9 @@ use llava_next_video::engine::{
     Engine, Event, FinishReason, Generation, GenerationOptions, Sampling, Session, TokenText,
     logits,
 };
-use llava_next_video::model::{LlavaNextVideoModel, LoadOptions};
+use llava_next_video::model::{
+    ForwardInputs, ForwardOptions, ForwardSource, LlavaNextVideoModel, LoadOptions, PastKeyValues,
+};
 use llava_next_video::processor::inputs::ModelInputs;
 use llava_next_video::processor::{LlavaNextVideoProcessor, ModelFacts};
 use safetensors::SafeTensors;
@@ -470,4 +472,79 @@ fn scores_are_processed_as_in_transformers() {
         }
     }
     assert!(compared >= 20, "only {compared} rows");
+}
+
+/// A pass in two halves over a cache, the second with a new image, equals the pass whole; embeddings and
+/// positions from outside give what ids give.
+#[test]
+fn a_forward_pass_can_be_continued() {
+    let fixture = Fixture::new("llama-default");
+    let model = fixture.engine.model();
+    let config = model.config();
+    let inputs = single_rows(&fixture.inputs("images-over-turns"), config).remove(0);
+    let ids = &inputs.input_ids[0];
+    let second = inputs.images[0].layout.feature_tokens();
+    let places: Vec<usize> = (0..ids.len())
+        .filter(|i| ids[*i] == config.image_token_index)
+        .collect();
+    let cut = places[second] - 1;
+    let half = |range: std::ops::Range<usize>, images: &[_]| ModelInputs {
+        attention_mask: vec![vec![true; range.len()]],
+        input_ids: vec![ids[range].to_vec()],
+        images: images.to_vec(),
+        videos: Vec::new(),
+    };
+    let options = ForwardOptions {
+        hidden_states: true,
+        attentions: true,
+        ..ForwardOptions::default()
+    };
+    let whole = model.forward(&inputs, None, &options).unwrap();
+    let mut past = PastKeyValues::default();
+    let mut pass = |inputs: &ModelInputs| {
+        let source = ForwardSource::Inputs(inputs);
+        let inputs = ForwardInputs {
+            source,
+            position_ids: None,
+            labels: None,
+        };
+        model.forward_with(&inputs, &options, &mut past).unwrap()
+    };
+    let one = pass(&half(0..cut, &inputs.images[..1]));
+    let two = pass(&half(cut..ids.len(), &inputs.images[1..]));
+    assert_eq!(past.columns(), ids.len());
+    assert_eq!(
+        [one.logits.data, two.logits.data.clone()].concat(),
+        whole.logits.data
+    );
+    let (new, all) = (ids.len() - cut, ids.len());
+    let heads = config.text_config.num_attention_heads;
+    assert_eq!(two.attentions[0].shape, [1, heads, new, all]);
+    let last_row = |values: &[f32]| values[values.len() - all..].to_vec();
+    assert_eq!(
+        last_row(&two.attentions[0].data),
+        last_row(&whole.attentions[0].data)
+    );
+
+    let text = single_rows(&fixture.inputs("text-only"), config).remove(0);
+    let wanted = model.forward(&text, None, &options).unwrap();
+    let embeds = model.embed_ids(&text.input_ids).unwrap();
+    let positions: Vec<Vec<u32>> = vec![(0..text.input_ids[0].len() as u32).collect()];
+    let given = ForwardInputs {
+        source: ForwardSource::Embeds(&embeds, &text.attention_mask),
+        position_ids: Some(&positions),
+        labels: None,
+    };
+    let got = model
+        .forward_with(&given, &options, &mut PastKeyValues::default())
+        .unwrap();
+    assert_eq!(got.logits, wanted.logits);
+    assert_eq!(got.hidden_states, wanted.hidden_states);
+    let short = vec![vec![0; 2]];
+    let bad = ForwardInputs {
+        position_ids: Some(&short),
+        ..given
+    };
+    let error = model.forward_with(&bad, &options, &mut PastKeyValues::default());
+    assert!(error.unwrap_err().to_string().contains("position_ids"));
 }

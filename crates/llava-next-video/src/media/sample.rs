@@ -1,8 +1,8 @@
 //! Which frames of a video to take: `i * total / n` in integers.
 //!
 //! Transformers 4.53.3 computes the same indices in floating point, where a few pairs of numbers
-//! yield one index too many and an `IndexError`; wherever its length is right, its indices are these
-//!. It refuses more frames than there are, and so does [`FrameSampling::NumFrames`].
+//! yield one index too many and an `IndexError`; wherever its length is right, its indices are these.
+//! It refuses more frames than there are, and so does [`FrameSampling::NumFrames`].
 
 use super::FrameSampling;
 use crate::{Error, Result};

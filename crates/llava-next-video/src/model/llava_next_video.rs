@@ -1,9 +1,9 @@
 //! `LlavaNextVideoModel` and `LlavaNextVideoForConditionalGeneration`: all towers together, weights and
 //! arithmetic only. What a request is, how long it may run and which token is picked is the engine's.
 
-use lnv_kernels::{Buffer, Device, KV_BLOCK, KvCache, Ops, Vector};
+use lnv_kernels::{Buffer, Device, KvCache, Ops, Vector};
 
-use super::batch::{Batch, BatchSpan, DecoderOutput, Keep, Taps};
+use super::batch::{Batch, DecoderOutput, Keep, Taps};
 use super::language_model::{LanguageModel, OnLayer};
 use super::layers::Loader;
 use super::merge::{Placeholders, check_counts, placeholder_positions};
@@ -232,7 +232,7 @@ impl LlavaNextVideoModel {
     /// An id is outside the vocabulary, media and placeholders do not match, or `on_picture` asks to
     /// stop.
     pub fn embed(&self, inputs: &ModelInputs, on_picture: OnPicture<'_>) -> Result<InputsEmbeds> {
-        let rows = unpad_rows(inputs)?;
+        let rows = unpad_rows(&inputs.input_ids, &inputs.attention_mask)?;
         let ids: Vec<u32> = rows
             .iter()
             .flat_map(|row| row.ids.iter().copied())
@@ -363,7 +363,7 @@ impl LlavaNextVideoModel {
         Ok(())
     }
 
-    fn check_ids(&self, ids: &[u32]) -> Result<()> {
+    pub(super) fn check_ids(&self, ids: &[u32]) -> Result<()> {
         let vocabulary = self.config.text_config.vocab_size;
         match ids.iter().find(|id| **id as usize >= vocabulary) {
             None => Ok(()),
@@ -393,10 +393,10 @@ fn numbers(first: usize, n: usize) -> Vec<u32> {
 }
 
 /// Leaves out what the mask hides.
-fn unpad_rows(inputs: &ModelInputs) -> Result<Vec<EmbeddedRow>> {
-    let mut rows = Vec::with_capacity(inputs.input_ids.len());
+pub(super) fn unpad_rows(ids: &[Vec<u32>], masks: &[Vec<bool>]) -> Result<Vec<EmbeddedRow>> {
+    let mut rows = Vec::with_capacity(ids.len());
     let mut first = 0;
-    for (ids, mask) in inputs.input_ids.iter().zip(&inputs.attention_mask) {
+    for (ids, mask) in ids.iter().zip(masks) {
         let kept = || ids.iter().zip(mask).enumerate().filter(|(_, (_, m))| **m);
         let row = EmbeddedRow {
             ids: kept().map(|(_, (id, _))| *id).collect(),
@@ -418,35 +418,4 @@ fn unpad_rows(inputs: &ModelInputs) -> Result<Vec<EmbeddedRow>> {
         ));
     }
     Ok(rows)
-}
-
-/// Spans for a pass over whole rows with a fresh cache, blocks handed out in order.
-///
-/// Positions are the columns of the padded rows, as in a forward pass without `position_ids`.
-pub(super) fn whole_rows<'a>(
-    rows: &[EmbeddedRow],
-    columns: usize,
-    blocks: &'a [Vec<u32>],
-) -> Batch<'a> {
-    let spans = rows.iter().zip(blocks).map(|(row, blocks)| BatchSpan {
-        positions: row.columns.clone(),
-        rope_length: columns,
-        kv_len: row.ids.len(),
-        blocks,
-    });
-    Batch {
-        spans: spans.collect(),
-    }
-}
-
-/// Blocks for rows of these lengths, and how many there are.
-pub(super) fn blocks_for(rows: &[EmbeddedRow]) -> (Vec<Vec<u32>>, usize) {
-    let mut next = 0;
-    let mut take = |tokens: usize| {
-        let n = tokens.div_ceil(KV_BLOCK) as u32;
-        next += n;
-        (next - n..next).collect()
-    };
-    let blocks = rows.iter().map(|row| take(row.ids.len())).collect();
-    (blocks, next as usize)
 }

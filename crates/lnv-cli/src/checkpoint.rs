@@ -18,6 +18,9 @@ pub fn open(model: Option<&str>) -> Result<CheckpointFiles> {
     let Some(model) = model else {
         bail!("give a checkpoint with --model: a directory in Hugging Face layout, or a hub id");
     };
+    if model.trim().is_empty() {
+        bail!("--model is empty: give a directory in Hugging Face layout, or a hub id");
+    }
     let path = Path::new(model);
     if path.exists() || !looks_like_hub_id(model) {
         return Ok(CheckpointFiles::open(path)?);

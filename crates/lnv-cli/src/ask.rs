@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
-use llava_next_video::engine::{Engine, Event, Generation, GenerationOptions};
+use llava_next_video::engine::{Engine, Event, Generation, GenerationOptions, StopStrings};
 use llava_next_video::processor::conversation::{Content, Conversation, Message, Role};
 use llava_next_video::processor::inputs::ModelInputs;
 
@@ -133,8 +133,19 @@ fn answer(
 
 /// The text of an answer, up to a stop string.
 pub fn text_of(pipeline: &Pipeline, ids: &[u32], options: &GenerationOptions) -> Result<String> {
-    let text = pipeline.processor.tokenizer.decode(ids, true, None)?;
-    let stop = llava_next_video::engine::StopStrings::new(options.stop.clone());
-    let end = stop.find(&text).map_or(text.len(), |found| found.start);
-    Ok(text[..end].trim().to_owned())
+    Ok(untrimmed_text_of(pipeline, ids, options)?.trim().to_owned())
+}
+
+/// The text of an answer, up to a stop string, with the blanks around it.
+pub fn untrimmed_text_of(
+    pipeline: &Pipeline,
+    ids: &[u32],
+    options: &GenerationOptions,
+) -> Result<String> {
+    let mut text = pipeline.processor.tokenizer.decode(ids, true, None)?;
+    let stop = StopStrings::new(options.stop.clone());
+    if let Some(found) = stop.find(&text) {
+        text.truncate(found.start);
+    }
+    Ok(text)
 }

@@ -143,7 +143,7 @@ fn conversations_say_which_message_is_wrong() {
         ),
         (
             r#"[{"role": "user", "content": [{"type": "video", "path": []}]}]"#,
-            "its path is a list",
+            "its path is an empty list",
         ),
         (
             r#"[{"role": "user", "content": [{"type": "image_url"}]}]"#,

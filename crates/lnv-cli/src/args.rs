@@ -1,7 +1,14 @@
 //! What may be typed: the command line as clap sees it, before any of it is acted upon.
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
+
+const EXAMPLES: &str = "Examples:
+  lnv ask --model llava-hf/LLaVA-NeXT-Video-7B-hf --video clip.mp4 \"What happens?\"
+  lnv chat --model ./LLaVA-NeXT-Video-7B-hf --image photo.jpg
+  lnv inspect --model ./LLaVA-NeXT-Video-7B-hf
+
+Answers go to stdout, everything else to stderr. 'lnv COMMAND -h' lists a command's options.";
 
 /// Ask questions about videos and images with the LLaVA-NeXT-Video models.
 ///
@@ -12,6 +19,7 @@ use std::path::PathBuf;
     name = "lnv",
     version,
     propagate_version = true,
+    after_help = EXAMPLES,
     arg_required_else_help = true
 )]
 pub struct Cli {
@@ -24,16 +32,22 @@ pub struct Cli {
 #[derive(Subcommand, Debug)]
 pub enum Command {
     /// Ask one question about videos and images; the answer streams to stdout.
+    #[command(allow_negative_numbers = true)]
     Ask(AskArgs),
     /// Talk about videos and images; the history and the media stay.
+    #[command(allow_negative_numbers = true)]
     Chat(ChatArgs),
     /// Generate from a conversation file or from processed inputs, perhaps a whole batch.
+    #[command(allow_negative_numbers = true)]
     Generate(GenerateArgs),
     /// Write what the Transformers processor returns: token ids and pixels.
+    #[command(allow_negative_numbers = true)]
     Process(ProcessArgs),
     /// Run the model once over processed inputs: logits, loss, hidden states, attentions.
+    #[command(allow_negative_numbers = true)]
     Forward(ForwardArgs),
     /// Measure vision, prefill and decode against this machine's limits.
+    #[command(allow_negative_numbers = true)]
     Bench(BenchArgs),
     /// Say what a checkpoint is and what loading it would take; reads no weights.
     Inspect(InspectArgs),
@@ -41,6 +55,7 @@ pub enum Command {
 
 /// Which checkpoint, and how it is kept.
 #[derive(Args, Debug, Clone)]
+#[command(next_help_heading = "Model")]
 pub struct ModelArgs {
     /// Directory in Hugging Face layout, or a hub id; without it, the built-in demo model.
     #[arg(long, short, value_name = "DIR|ID")]
@@ -51,12 +66,19 @@ pub struct ModelArgs {
 
 /// How a checkpoint is kept and where it runs.
 #[derive(Args, Debug, Clone)]
+#[command(next_help_heading = "Model")]
 pub struct RunArgs {
     /// Type of the weights in memory; auto keeps the checkpoint's.
-    #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
+    #[arg(long, value_enum, default_value_t = DtypeArg::Auto, hide_possible_values = true,
+          value_name = "auto|f32|bf16|f16", hide_default_value = true)]
     pub dtype: DtypeArg,
     /// Quantise the weights when loading.
-    #[arg(long, value_enum)]
+    #[arg(
+        long,
+        value_enum,
+        hide_possible_values = true,
+        value_name = "q8|q4|nf4|fp4|int8"
+    )]
     pub quantize: Option<QuantizeArg>,
     /// Where to compute: cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
@@ -96,6 +118,7 @@ pub enum QuantizeArg {
 
 /// Which frames of a video are taken.
 #[derive(Args, Debug, Clone, Default)]
+#[command(next_help_heading = "Frames")]
 pub struct FrameArgs {
     /// Frames of each video, evenly spread [default: 8, or all of a shorter video].
     #[arg(long, value_name = "N", conflicts_with = "fps")]
@@ -107,9 +130,8 @@ pub struct FrameArgs {
 
 /// How the answer is written.
 #[derive(Args, Debug, Clone, Default)]
+#[command(next_help_heading = "Generation")]
 pub struct GenerationArgs {
-    #[command(flatten)]
-    pub frames: FrameArgs,
     /// Most new tokens.
     #[arg(long, value_name = "N")]
     pub max_new_tokens: Option<usize>,
@@ -144,10 +166,15 @@ pub struct GenerationArgs {
     #[arg(long, value_name = "N")]
     pub num_beams: Option<usize>,
     /// Exponent of the length in a beam's score.
-    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    #[arg(long, value_name = "X")]
     pub length_penalty: Option<f32>,
-    /// When beam search ends: true, false or never.
-    #[arg(long, value_enum, value_name = "WHEN")]
+    /// When beam search ends: with enough beams finished, with none likely, or none able to do better.
+    #[arg(
+        long,
+        value_enum,
+        value_name = "true|false|never",
+        hide_possible_values = true
+    )]
     pub early_stopping: Option<EarlyStoppingArg>,
     /// Answers to each prompt.
     #[arg(long, value_name = "N", default_value_t = 1, hide_default_value = true)]
@@ -155,6 +182,8 @@ pub struct GenerationArgs {
     /// End the answer at this text; may be given several times.
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
+    #[command(flatten)]
+    pub frames: FrameArgs,
 }
 
 /// `--early-stopping`, spelled as in Transformers.
@@ -171,25 +200,26 @@ pub enum EarlyStoppingArg {
 /// `lnv ask`.
 #[derive(Args, Debug)]
 pub struct AskArgs {
-    #[command(flatten)]
-    pub model: ModelArgs,
+    /// The question; - reads it from stdin.
+    pub question: String,
     /// A video file or URL; may be given several times.
     #[arg(long, value_name = "PATH|URL")]
     pub video: Vec<String>,
     /// An image file or URL; may be given several times.
     #[arg(long, value_name = "PATH|URL")]
     pub image: Vec<String>,
+    /// Text that tells the model how to behave.
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    #[command(flatten)]
+    pub model: ModelArgs,
     #[command(flatten)]
     pub generation: GenerationArgs,
-    /// The question.
-    pub question: String,
 }
 
 /// `lnv chat`.
 #[derive(Args, Debug)]
 pub struct ChatArgs {
-    #[command(flatten)]
-    pub model: ModelArgs,
     /// A video to begin with; may be given several times.
     #[arg(long, value_name = "PATH|URL")]
     pub video: Vec<String>,
@@ -200,30 +230,28 @@ pub struct ChatArgs {
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
     #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
     pub generation: GenerationArgs,
 }
 
 /// `lnv generate`.
 #[derive(Args, Debug)]
+#[command(group(ArgGroup::new("prompt").required(true).args(["conversation", "inputs"])))]
 pub struct GenerateArgs {
-    #[command(flatten)]
-    pub model: ModelArgs,
     /// JSON file with a conversation, or a list of them, in the Transformers form.
-    #[arg(
-        long,
-        value_name = "FILE",
-        required_unless_present = "inputs",
-        conflicts_with = "inputs"
-    )]
+    #[arg(long, value_name = "FILE")]
     pub conversation: Option<PathBuf>,
     /// Processed inputs, as `lnv process` or Transformers writes them.
     #[arg(long, value_name = "FILE.safetensors")]
     pub inputs: Option<PathBuf>,
+    /// How to print the answers.
+    #[arg(long, value_enum, default_value_t = Format::Text, hide_possible_values = true, value_name = "text|json")]
+    pub format: Format,
+    #[command(flatten)]
+    pub model: ModelArgs,
     #[command(flatten)]
     pub generation: GenerationArgs,
-    /// How to print the answers.
-    #[arg(long, value_enum, default_value_t = Format::Text)]
-    pub format: Format,
 }
 
 /// `--format`.
@@ -244,21 +272,19 @@ pub struct ProcessArgs {
     /// JSON file with a conversation, or a list of them, in the Transformers form.
     #[arg(long, value_name = "FILE")]
     pub conversation: PathBuf,
-    #[command(flatten)]
-    pub frames: FrameArgs,
     /// Leave out the generation prompt, for training.
     #[arg(long)]
     pub no_generation_prompt: bool,
     /// Where to write.
     #[arg(long, value_name = "FILE.safetensors")]
     pub output: PathBuf,
+    #[command(flatten)]
+    pub frames: FrameArgs,
 }
 
 /// `lnv forward`.
 #[derive(Args, Debug)]
 pub struct ForwardArgs {
-    #[command(flatten)]
-    pub model: ModelArgs,
     /// Processed inputs; `labels` in them give a loss.
     #[arg(long, value_name = "FILE.safetensors")]
     pub inputs: PathBuf,
@@ -274,6 +300,8 @@ pub struct ForwardArgs {
     /// Logits of the last N positions only; 0 is all.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub logits_to_keep: usize,
+    #[command(flatten)]
+    pub model: ModelArgs,
 }
 
 /// `lnv bench`.
@@ -297,11 +325,11 @@ pub struct BenchArgs {
     /// Decode steps to time.
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub steps: usize,
+    /// How to print the figures.
+    #[arg(long, value_enum, default_value_t = Format::Text, hide_possible_values = true, value_name = "text|json")]
+    pub format: Format,
     #[command(flatten)]
     pub run: RunArgs,
-    /// How to print the figures.
-    #[arg(long, value_enum, default_value_t = Format::Text)]
-    pub format: Format,
 }
 
 /// `--synthetic`.
@@ -327,6 +355,6 @@ pub struct InspectArgs {
     #[arg(long, short, value_name = "DIR|ID")]
     pub model: Option<String>,
     /// How to print it.
-    #[arg(long, value_enum, default_value_t = Format::Text)]
+    #[arg(long, value_enum, default_value_t = Format::Text, hide_possible_values = true, value_name = "text|json")]
     pub format: Format,
 }

@@ -1,11 +1,12 @@
 //! `lnv ask`: one question, the answer streamed.
 
+use std::io::Read;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Result, anyhow, bail};
-use llava_next_video::engine::{Engine, Event, Generation, GenerationOptions};
+use anyhow::{Context, Result, anyhow, bail};
+use llava_next_video::engine::{Engine, Event, Generation, GenerationOptions, StopStrings};
 use llava_next_video::processor::conversation::{Content, Conversation, Message, Role};
 use llava_next_video::processor::inputs::ModelInputs;
 
@@ -19,21 +20,24 @@ use crate::stream::{AnswerStream, Text};
 /// Most new tokens where nothing else was typed: an answer, not a book.
 pub const DEFAULT_NEW_TOKENS: usize = 512;
 
+/// The longest question that is read from stdin.
+const MAX_QUESTION_BYTES: u64 = 1 << 24;
+
 /// Runs the command.
 pub fn run(args: &AskArgs, media: Vec<NamedMedium>) -> Result<()> {
-    if args.question.trim().is_empty() {
-        bail!("the question is empty: write what you want to know");
-    }
+    let question = question(&args.question)?;
     let options = RunOptions::new(&args.model.run)?;
     let sampling = model::sampling(&args.generation.frames)?;
     let generation = model::generation(&args.generation, Some(DEFAULT_NEW_TOKENS))?;
     let pipeline = Pipeline::open(args.model.model.as_deref(), true)?;
     let mut content = pipeline::media_content(&media);
-    content.push(Content::Text(args.question.clone()));
-    let conversation = Conversation {
-        messages: vec![Message::new(Role::User, content)],
-    };
-    let conversations = [conversation];
+    content.push(Content::Text(question));
+    let system = args.system.clone();
+    let system = system.map(|text| Message::text(Role::System, text));
+    let asked = Message::new(Role::User, content);
+    let conversations = [Conversation {
+        messages: system.into_iter().chain([asked]).collect(),
+    }];
 
     let prepare = || {
         let start = Instant::now();
@@ -63,6 +67,23 @@ pub fn run(args: &AskArgs, media: Vec<NamedMedium>) -> Result<()> {
     let answer = answer(&mut engine, &pipeline, &inputs, &generation)?;
     pipeline::report(&media, clock, &answer);
     Ok(())
+}
+
+/// The question as typed, or from stdin where that is `-`.
+fn question(typed: &str) -> Result<String> {
+    let text = match typed {
+        "-" => {
+            let input = std::io::stdin().lock().take(MAX_QUESTION_BYTES);
+            let text = std::io::read_to_string(input).context("cannot read the question")?;
+            // The end of the last line is the shell's, not the question's.
+            text.trim_end_matches(['\r', '\n']).to_owned()
+        }
+        text => text.to_owned(),
+    };
+    if text.trim().is_empty() {
+        bail!("the question is empty: write what you want to know");
+    }
+    Ok(text)
 }
 
 /// Generates and prints: streamed where one sequence is picked token by token, whole otherwise.
@@ -112,8 +133,19 @@ fn answer(
 
 /// The text of an answer, up to a stop string.
 pub fn text_of(pipeline: &Pipeline, ids: &[u32], options: &GenerationOptions) -> Result<String> {
-    let text = pipeline.processor.tokenizer.decode(ids, true, None)?;
-    let stop = llava_next_video::engine::StopStrings::new(options.stop.clone());
-    let end = stop.find(&text).map_or(text.len(), |found| found.start);
-    Ok(text[..end].trim().to_owned())
+    Ok(untrimmed_text_of(pipeline, ids, options)?.trim().to_owned())
+}
+
+/// The text of an answer, up to a stop string, with the blanks around it.
+pub fn untrimmed_text_of(
+    pipeline: &Pipeline,
+    ids: &[u32],
+    options: &GenerationOptions,
+) -> Result<String> {
+    let mut text = pipeline.processor.tokenizer.decode(ids, true, None)?;
+    let stop = StopStrings::new(options.stop.clone());
+    if let Some(found) = stop.find(&text) {
+        text.truncate(found.start);
+    }
+    Ok(text)
 }

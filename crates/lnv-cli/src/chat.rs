@@ -4,7 +4,7 @@
 //! `/history` shows what was said, `/quit` leaves. Ctrl-C stops an answer and stays; at an empty prompt
 //! it leaves, as Ctrl-D does.
 
-use std::io::{BufRead, IsTerminal};
+use std::io::{BufRead, IsTerminal, Read};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,6 +25,9 @@ use crate::pipeline::{self, Clock, NamedMedium, Pipeline, StageBars};
 use crate::progress::note;
 use crate::stream::{AnswerStream, Text};
 
+/// The longest question from a pipe.
+const MAX_LINE_BYTES: u64 = 1 << 24;
+
 /// What is shown before each question.
 const PROMPT: &str = "you> ";
 
@@ -37,6 +40,11 @@ pub fn run(args: &ChatArgs, media: Vec<NamedMedium>) -> Result<()> {
     let sampling = model::sampling(&args.generation.frames)?;
     let generation = model::generation(&args.generation, Some(DEFAULT_NEW_TOKENS))?;
     let pipeline = Pipeline::open(args.model.model.as_deref(), true)?;
+    // What was typed on the command line must be right; only then is the model worth loading.
+    let first = match media.is_empty() {
+        true => None,
+        false => Some(load(pipeline::media_content(&media), sampling)?),
+    };
     let frames = match options.rope {
         // The clips of a chat are not known yet; the number asked for stands in.
         Some(RopeOverride::Auto) => args.generation.frames.num_frames.unwrap_or(32),
@@ -57,10 +65,19 @@ pub fn run(args: &ChatArgs, media: Vec<NamedMedium>) -> Result<()> {
         generation,
     };
     chat.begin();
-    for medium in media {
-        chat.attach(pipeline::media_content(&[medium]));
+    if let Some((content, loaded)) = first {
+        chat.keep(content, loaded);
     }
     chat.talk()
+}
+
+/// Media that no conversation has yet.
+fn load(content: Vec<Content>, sampling: FrameSampling) -> Result<(Vec<Content>, LoadedMedia)> {
+    let alone = [Conversation {
+        messages: vec![Message::new(Role::User, content.clone())],
+    }];
+    let loaded = LoadedMedia::load(&alone, sampling)?;
+    Ok((content, loaded))
 }
 
 /// A flag that Ctrl-C raises.
@@ -102,14 +119,14 @@ impl Chat {
 
     fn talk(&mut self) -> Result<()> {
         let mut lines = Lines::new()?;
-        eprintln!("{HELP}");
+        output::say(HELP);
         while let Some(line) = lines.next()? {
             self.interrupted.store(false, Ordering::SeqCst);
             let line = line.trim();
             match line.split_once(char::is_whitespace).unwrap_or((line, "")) {
                 ("", _) => {}
                 ("/quit" | "/exit", _) => break,
-                ("/help", _) => eprintln!("{HELP}"),
+                ("/help", _) => output::say(HELP),
                 ("/clear", _) => self.begin(),
                 ("/history", _) => self.history()?,
                 ("/video", path) if !path.trim().is_empty() => {
@@ -118,8 +135,11 @@ impl Chat {
                 ("/image", path) if !path.trim().is_empty() => {
                     self.attach(vec![Content::Image(Some(source(path.trim())))]);
                 }
+                (command @ ("/video" | "/image"), _) => {
+                    output::say(&format!("{command} needs a file or a URL after it"));
+                }
                 (command, _) if command.starts_with('/') => {
-                    eprintln!("{command} is no command here. {HELP}");
+                    output::say(&format!("{command} is no command here. {HELP}"));
                 }
                 _ => self.turn(line)?,
             }
@@ -129,23 +149,23 @@ impl Chat {
 
     /// Loads media for the next question; one that cannot be read leaves everything as it was.
     fn attach(&mut self, content: Vec<Content>) {
-        let message = Message::new(Role::User, content.clone());
-        let alone = [Conversation {
-            messages: vec![message],
-        }];
-        match LoadedMedia::load(&alone, self.sampling) {
-            Ok(loaded) => {
-                let what = match loaded.frames() {
-                    0 => "an image".to_owned(),
-                    n => format!("a video, {n} frames"),
-                };
-                eprintln!("attached {what}");
-                self.media.images.extend(loaded.images);
-                self.media.videos.extend(loaded.videos);
-                self.pending.extend(content);
-            }
-            Err(error) => eprintln!("error: {error:#}"),
+        match load(content, self.sampling) {
+            Ok((content, loaded)) => self.keep(content, loaded),
+            Err(error) => output::say(&format!("error: {}", output::sentence(&error))),
         }
+    }
+
+    fn keep(&mut self, content: Vec<Content>, loaded: LoadedMedia) {
+        for _ in &loaded.images {
+            output::say("attached an image");
+        }
+        for video in &loaded.videos {
+            let frames = output::count(video.frames.len(), "frame");
+            output::say(&format!("attached a video, {frames}"));
+        }
+        self.media.images.extend(loaded.images);
+        self.media.videos.extend(loaded.videos);
+        self.pending.extend(content);
     }
 
     /// One question. An error takes the question back and leaves the chat as it was.
@@ -166,7 +186,7 @@ impl Chat {
             Err(error) if error.is::<output::ReaderGone>() => Err(error),
             Err(error) => {
                 self.conversation.messages.pop();
-                eprintln!("error: {error:#}");
+                output::say(&format!("error: {}", output::sentence(&error)));
                 Ok(())
             }
         }
@@ -233,7 +253,7 @@ impl Chat {
 /// Lines from a person (with editing and history) or from a pipe.
 enum Lines {
     Person(Box<rustyline::DefaultEditor>),
-    Pipe(std::io::Lines<std::io::StdinLock<'static>>),
+    Pipe(std::io::StdinLock<'static>),
 }
 
 impl Lines {
@@ -243,16 +263,22 @@ impl Lines {
                 Ok(editor) => Ok(Self::Person(Box::new(editor))),
                 Err(cause) => {
                     note(&format!("no line editing here ({cause})"));
-                    Ok(Self::Pipe(std::io::stdin().lock().lines()))
+                    Ok(Self::Pipe(std::io::stdin().lock()))
                 }
             },
-            false => Ok(Self::Pipe(std::io::stdin().lock().lines())),
+            false => Ok(Self::Pipe(std::io::stdin().lock())),
         }
     }
 
     fn next(&mut self) -> Result<Option<String>> {
         match self {
-            Self::Pipe(lines) => lines.next().transpose().context("cannot read the question"),
+            Self::Pipe(input) => {
+                let mut line = Vec::new();
+                let read = input.take(MAX_LINE_BYTES).read_until(b'\n', &mut line);
+                let read = read.context("cannot read the question")?;
+                // Bytes that are no text become the replacement character: one odd line ends nothing.
+                Ok((read > 0).then(|| String::from_utf8_lossy(&line).into_owned()))
+            }
             Self::Person(editor) => match editor.readline(PROMPT) {
                 Ok(line) => {
                     let _ = editor.add_history_entry(&line);

@@ -1,6 +1,7 @@
 //! `--model`: a directory, a hub id, or nothing for the built-in demo model.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use hf_hub::api::Progress;
@@ -13,11 +14,17 @@ use crate::progress::{Unit, bar, note};
 /// Downloads that are tried again when a connection breaks; a part that is there is kept.
 const RETRIES: usize = 5;
 
+/// Before the first of them; each later one waits twice as long.
+const FIRST_WAIT: Duration = Duration::from_millis(100);
+
 /// The files of the checkpoint that `--model` names.
 pub fn open(model: Option<&str>) -> Result<CheckpointFiles> {
     let Some(model) = model else {
         bail!("give a checkpoint with --model: a directory in Hugging Face layout, or a hub id");
     };
+    if model.trim().is_empty() {
+        bail!("--model is empty: give a directory in Hugging Face layout, or a hub id");
+    }
     let path = Path::new(model);
     if path.exists() || !looks_like_hub_id(model) {
         return Ok(CheckpointFiles::open(path)?);
@@ -38,9 +45,12 @@ fn looks_like_hub_id(text: &str) -> bool {
 
 /// Downloads what is lacking of a repository; gives the directory of its snapshot.
 fn from_hub(id: &str) -> Result<PathBuf> {
+    let offline = std::env::var("HF_HUB_OFFLINE").unwrap_or_default();
+    if ["1", "on", "yes", "true"].contains(&offline.to_ascii_lowercase().as_str()) {
+        return cached(id, "HF_HUB_OFFLINE is set");
+    }
     let api = ApiBuilder::from_env()
         .with_progress(false)
-        .with_retries(RETRIES)
         .build()
         .with_context(|| format!("cannot set up the download of {id}"))?;
     let repo = api.model(id.to_owned());
@@ -69,6 +79,17 @@ fn fetch(repo: &ApiRepo, id: &str, name: &str) -> Result<PathBuf> {
     // A file that is in the cache already is taken as it is; the hub's files do not change in place.
     if let Some(path) = Cache::from_env().repo(Repo::model(id.to_owned())).get(name) {
         return Ok(path);
+    }
+    // hf-hub's own retries start again at byte 0 behind what is there when a connection breaks before
+    // its first byte; a new call looks at the part on disk and goes on behind it.
+    let mut wait = FIRST_WAIT;
+    for _ in 0..RETRIES {
+        match repo.download_with_progress(name, Bar::default()) {
+            Ok(path) => return Ok(path),
+            Err(cause) => tracing::info!("{name} broke off ({cause}); going on in {wait:?}"),
+        }
+        std::thread::sleep(wait);
+        wait *= 2;
     }
     Ok(repo.download_with_progress(name, Bar::default())?)
 }

@@ -4,9 +4,11 @@
 //! gone when the command ends, because FFmpeg opens local files only.
 
 use std::io::{Read, Write};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
+use llava_next_video::error::io_reason;
 use tempfile::NamedTempFile;
 
 use crate::progress::{Unit, bar};
@@ -21,15 +23,53 @@ const WHOLE: Duration = Duration::from_secs(3600);
 /// Redirects that are followed.
 const MAX_REDIRECTS: u32 = 5;
 
-/// True where `text` is to be fetched rather than opened.
+/// True where `text` has a scheme, as in `http://`: it is to be fetched rather than opened.
 pub fn is_url(text: &str) -> bool {
-    let scheme = text
-        .split_once("://")
-        .map(|(scheme, _)| scheme.to_ascii_lowercase());
-    matches!(
-        scheme.as_deref(),
-        Some("http" | "https" | "ftp" | "file" | "rtsp" | "rtmp" | "data")
-    )
+    let scheme = text.split_once("://").map_or("", |(scheme, _)| scheme);
+    let legal = |b: u8| b.is_ascii_alphanumeric() || b"+-.".contains(&b);
+    // One letter would be a drive.
+    scheme.len() > 1 && scheme.bytes().all(legal)
+}
+
+/// The path of a `file://` URL, with its `%20` and the like undone.
+pub fn file_url(text: &str) -> Option<PathBuf> {
+    let rest = text.strip_prefix("file://")?;
+    let rest = rest.strip_prefix("localhost").unwrap_or(rest);
+    let mut bytes = Vec::with_capacity(rest.len());
+    let mut left = rest.as_bytes();
+    while let Some((first, after)) = left.split_first() {
+        let hex = after.get(..2).and_then(|two| std::str::from_utf8(two).ok());
+        let code = hex.and_then(|two| u8::from_str_radix(two, 16).ok());
+        let (byte, rest) = match (first, code) {
+            (b'%', Some(code)) => (code, &after[2..]),
+            _ => (*first, after),
+        };
+        bytes.push(byte);
+        left = rest;
+    }
+    Some(PathBuf::from(String::from_utf8_lossy(&bytes).into_owned()))
+}
+
+/// What went wrong with a request, in words for the person who typed the address.
+fn plain(url: &str, cause: &ureq::Error) -> anyhow::Error {
+    use ureq::Error as E;
+    let reason = match cause {
+        E::StatusCode(404 | 410) => "the server has no such file (404): check the address".into(),
+        E::StatusCode(code @ (401 | 403)) => {
+            format!("the server does not allow it ({code}): download the file yourself")
+        }
+        E::StatusCode(code) => format!("the server answers with status {code}: try again later"),
+        E::TooManyRedirects => format!("more than {MAX_REDIRECTS} redirects: check the address"),
+        E::Timeout(_) => "the server takes too long: try again later".into(),
+        E::HostNotFound => "there is no such host: check the address and the network".into(),
+        E::Http(_) | E::BadUri(_) => "it is no valid address: check how it is written".into(),
+        E::Io(cause) => {
+            let reason = io_reason(cause);
+            format!("{reason}: check the address and the network")
+        }
+        other => format!("{other}: check the address and the network"),
+    };
+    anyhow!("cannot fetch {url}: {reason}")
 }
 
 /// Downloads `url` into a temporary file.
@@ -39,7 +79,7 @@ pub fn download(url: &str) -> Result<NamedTempFile> {
         .map_or("", |(scheme, _)| scheme)
         .to_ascii_lowercase();
     if scheme != "http" && scheme != "https" {
-        bail!("{url} is no http or https address: give one of these, or a local file");
+        bail!("{url} is neither an http nor an https address: give one of these, or a local file");
     }
     let agent: ureq::Agent = ureq::Agent::config_builder()
         .timeout_connect(Some(CONNECT))
@@ -48,10 +88,7 @@ pub fn download(url: &str) -> Result<NamedTempFile> {
         .user_agent(concat!("lnv/", env!("CARGO_PKG_VERSION")))
         .build()
         .into();
-    let mut response = agent
-        .get(url)
-        .call()
-        .with_context(|| format!("cannot fetch {url}"))?;
+    let mut response = agent.get(url).call().map_err(|cause| plain(url, &cause))?;
     let length = response.body().content_length().unwrap_or(0);
     if length > MAX_BYTES {
         bail!("{url} has {length} bytes, more than the {MAX_BYTES} that are fetched");
@@ -66,9 +103,10 @@ pub fn download(url: &str) -> Result<NamedTempFile> {
     let mut buffer = vec![0; 1 << 16];
     let mut total = 0;
     loop {
-        let n = reader
-            .read(&mut buffer)
-            .with_context(|| format!("{url} broke off"))?;
+        let n = reader.read(&mut buffer).map_err(|cause| {
+            let reason = io_reason(&cause);
+            anyhow!("{url} broke off after {total} bytes ({reason}): try again")
+        })?;
         if n == 0 {
             break;
         }

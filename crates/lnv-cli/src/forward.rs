@@ -8,10 +8,12 @@ use safetensors::tensor::{Dtype, TensorView, serialize};
 use crate::args::ForwardArgs;
 use crate::generate::read_inputs;
 use crate::model::RunOptions;
+use crate::output::{self, count};
 use crate::pipeline::Pipeline;
 
 /// Runs the command.
 pub fn run(args: &ForwardArgs) -> Result<()> {
+    output::check_target(&args.output)?;
     let options = RunOptions::new(&args.model.run)?;
     let pipeline = Pipeline::open(args.model.model.as_deref(), true)?;
     let (inputs, labels) = read_inputs(&args.inputs, &pipeline)?;
@@ -55,11 +57,11 @@ pub fn run(args: &ForwardArgs) -> Result<()> {
     let bytes = to_safetensors(&tensors)?;
     write_whole(&args.output, &bytes)?;
     let shape = &tensors[0].1.shape;
-    eprintln!(
-        "logits {shape:?}, {} tensor(s) -> {}",
-        tensors.len(),
+    output::say(&format!(
+        "logits {shape:?}, {} -> {}",
+        count(tensors.len(), "tensor"),
         args.output.display()
-    );
+    ));
     Ok(())
 }
 

@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use llava_next_video::engine::{Engine, Generation};
+use llava_next_video::engine::{Engine, Generation, GenerationOptions};
 use llava_next_video::processor::inputs::ModelInputs;
 use serde_json::json;
 
 use crate::args::{Format, GenerateArgs};
+use crate::ask::untrimmed_text_of;
 use crate::media::LoadedMedia;
 use crate::model::{self, RunOptions};
 use crate::output;
@@ -45,7 +46,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let result = engine.generate(&inputs, &generation, &text, &mut |event| bars.show(event));
     bars.finish();
     let result = result?;
-    print(args.format, &pipeline, &result, clock)?;
+    print(args.format, &pipeline, &generation, &result, clock)?;
     pipeline::report(&media, clock, &result);
     Ok(())
 }
@@ -61,13 +62,18 @@ pub fn read_inputs(
     Ok((read.inputs, read.labels))
 }
 
-fn print(format: Format, pipeline: &Pipeline, result: &Generation, clock: Clock) -> Result<()> {
-    let tokenizer = &pipeline.processor.tokenizer;
+fn print(
+    format: Format,
+    pipeline: &Pipeline,
+    options: &GenerationOptions,
+    result: &Generation,
+    clock: Clock,
+) -> Result<()> {
     let texts = result
         .completions
         .iter()
-        .map(|completion| tokenizer.decode(&completion.ids, true, None))
-        .collect::<Result<Vec<String>, _>>()?;
+        .map(|completion| untrimmed_text_of(pipeline, &completion.ids, options))
+        .collect::<Result<Vec<String>>>()?;
     if format == Format::Text {
         for text in texts {
             output::line(text.trim())?;

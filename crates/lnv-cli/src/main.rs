@@ -43,7 +43,7 @@ fn main() -> ExitCode {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) if error.is::<output::ReaderGone>() => ExitCode::SUCCESS,
         Ok(Err(error)) => {
-            eprintln!("error: {}", sentence(&error));
+            output::say(&format!("error: {}", output::sentence(&error)));
             ExitCode::FAILURE
         }
         Err(_) => ExitCode::FAILURE,
@@ -51,6 +51,7 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli, order: Vec<pipeline::NamedMedium>) -> Result<()> {
+    pipeline::check_named(&order)?;
     match &cli.command {
         Command::Ask(args) => ask::run(args, order),
         Command::Chat(args) => chat::run(args, order),
@@ -60,27 +61,6 @@ fn run(cli: &Cli, order: Vec<pipeline::NamedMedium>) -> Result<()> {
         Command::Bench(args) => bench::run(args),
         Command::Inspect(args) => inspect::run(args),
     }
-}
-
-/// The error with its causes as one sentence, each said once.
-fn sentence(error: &anyhow::Error) -> String {
-    let mut text = String::new();
-    for cause in error.chain() {
-        let cause = cause.to_string();
-        let line = cause
-            .lines()
-            .next()
-            .unwrap_or_default()
-            .trim_end_matches('.');
-        if text.contains(line) {
-            continue;
-        }
-        if !text.is_empty() {
-            text += ": ";
-        }
-        text += line;
-    }
-    text
 }
 
 /// A panic is a bug of ours; a person gets a sentence, not a backtrace.
@@ -95,10 +75,10 @@ fn quiet_panics() {
         let place = info
             .location()
             .map(|l| format!("{}:{}", l.file(), l.line()));
-        eprintln!(
+        output::say(&format!(
             "error: lnv ran into a bug of its own ({message}, {}): please report it with the command",
             place.unwrap_or_default()
-        );
+        ));
     }));
 }
 

@@ -45,13 +45,15 @@ impl LoadedMedia {
         let progress = bar((images.len() + videos.len()) as u64, Unit::Count, "media");
         let mut loaded = Self::default();
         for source in images {
-            loaded.images.push(image(named(source, "image")?, &limits)?);
+            loaded
+                .images
+                .push(image(named(source, "an image")?, &limits)?);
             progress.inc(1);
         }
         for source in videos {
             loaded
                 .videos
-                .push(video(named(source, "video")?, sampling, &limits)?);
+                .push(video(named(source, "a video")?, sampling, &limits)?);
             progress.inc(1);
         }
         progress.finish_and_clear();
@@ -68,15 +70,18 @@ pub fn source(text: &str) -> MediaSource {
     if text.starts_with("data:") {
         return MediaSource::Base64(text.to_owned());
     }
-    match fetch::is_url(text) && !text.starts_with("file://") {
+    if let Some(path) = fetch::file_url(text) {
+        return MediaSource::Path(path);
+    }
+    match fetch::is_url(text) && !Path::new(text).exists() {
         true => MediaSource::Url(text.to_owned()),
-        false => MediaSource::Path(text.strip_prefix("file://").unwrap_or(text).into()),
+        false => MediaSource::Path(text.into()),
     }
 }
 
 fn named<'a>(source: Option<&'a MediaSource>, kind: &str) -> Result<&'a MediaSource> {
     source.with_context(|| {
-        format!("a {kind} of the conversation has no source: give it a \"path\" or a \"url\"")
+        format!("the conversation has {kind} without a source: give it a \"path\" or a \"url\"")
     })
 }
 

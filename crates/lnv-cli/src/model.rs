@@ -18,6 +18,9 @@ use crate::progress::{Unit, bar};
 /// Frames of a video when nothing else is said.
 pub const DEFAULT_FRAMES: usize = 8;
 
+/// The most frames a second that may be asked for; no clip has more.
+const MAX_FPS: f64 = 1000.0;
+
 /// A model in memory, and how long that took.
 pub struct Loaded {
     /// The model.
@@ -109,6 +112,9 @@ pub fn sampling(args: &FrameArgs) -> Result<FrameSampling> {
         (None, Some(fps)) if !(fps > 0.0 && fps.is_finite()) => {
             bail!("--fps is {fps}; it must be above 0")
         }
+        (None, Some(fps)) if fps > MAX_FPS => {
+            bail!("--fps is above {MAX_FPS}; ask for fewer frames")
+        }
         (None, Some(fps)) => Ok(FrameSampling::Fps(fps)),
         (None, None) => Ok(FrameSampling::Default(DEFAULT_FRAMES)),
     }
@@ -119,6 +125,9 @@ pub fn generation(
     args: &GenerationArgs,
     default_tokens: Option<usize>,
 ) -> Result<GenerationOptions> {
+    if args.num_return_sequences == 0 {
+        bail!("--num-return-sequences is 0; it must be at least 1");
+    }
     let warped = args.top_k.is_some() || args.top_p.is_some() || args.min_p.is_some();
     let usual = Sampling::default();
     let sampling = match args.temperature {

@@ -1,6 +1,7 @@
 //! What the commands share: a checkpoint's files and processor, conversations to inputs, and the report
 //! at the end.
 
+use std::io::Read;
 use std::ops::ControlFlow;
 use std::time::Instant;
 
@@ -16,10 +17,13 @@ use llava_next_video::processor::{LlavaNextVideoProcessor, ModelFacts, ProcessOp
 
 use crate::checkpoint;
 use crate::media::{LoadedMedia, source};
+use crate::output::{self, count};
 use crate::progress::{Unit, bar, note};
 
-/// The largest conversation or inputs file.
+/// The largest conversation or inputs file; and the most that is taken from a pipe or device, which
+/// cannot tell its length and may have no end.
 const MAX_FILE_BYTES: u64 = 8 << 30;
+const MAX_STREAM_BYTES: u64 = 1 << 30;
 
 /// A checkpoint, read but for its weights.
 pub struct Pipeline {
@@ -43,6 +47,12 @@ impl Pipeline {
         let processor = LlavaNextVideoProcessor::from_files(&files, &facts(&config))?;
         if speak {
             processor.notes.iter().for_each(|text| note(text));
+            if !generation.not_applied.is_empty() {
+                let settings = generation.not_applied.join(", ");
+                note(&format!(
+                    "generation_config.json: not applied here: {settings}"
+                ));
+            }
         }
         // Where the two disagree the tokenizer's ids are the ones that a prompt will hold.
         config.image_token_index = processor.image_token_id;
@@ -108,16 +118,27 @@ pub fn read_conversations(path: &std::path::Path) -> Result<ConversationFile> {
 
 /// Reads a whole file, bounded.
 pub fn read_file(path: &std::path::Path) -> Result<Vec<u8>> {
-    let read = || -> std::io::Result<Vec<u8>> {
-        let length = std::fs::metadata(path)?.len();
-        if length > MAX_FILE_BYTES {
-            return Err(std::io::Error::other(format!(
-                "it has {length} bytes, which is too many"
-            )));
-        }
-        std::fs::read(path)
+    let failed = |cause| llava_next_video::Error::io("read", path, &cause);
+    let file = std::fs::File::open(path).map_err(failed)?;
+    let metadata = file.metadata().map_err(failed)?;
+    let limit = match metadata.is_file() {
+        true => MAX_FILE_BYTES,
+        false => MAX_STREAM_BYTES,
     };
-    read().map_err(|cause| llava_next_video::Error::io("read", path, &cause).into())
+    let mut bytes = Vec::new();
+    if metadata.len() <= limit {
+        file.take(limit + 1)
+            .read_to_end(&mut bytes)
+            .map_err(failed)?;
+    }
+    if metadata.len().max(bytes.len() as u64) > limit {
+        bail!(
+            "{} has more than {} GiB, which is too much to read",
+            path.display(),
+            limit >> 30
+        );
+    }
+    Ok(bytes)
 }
 
 /// A `--video` or `--image` as it was typed.
@@ -144,6 +165,22 @@ pub fn media_order(matches: &ArgMatches) -> Vec<NamedMedium> {
     }
     media.sort_by_key(|(index, _)| *index);
     media.into_iter().map(|(_, medium)| medium).collect()
+}
+
+/// Refuses media without a name, as an unset variable in a script gives.
+pub fn check_named(media: &[NamedMedium]) -> Result<()> {
+    for medium in media {
+        match medium {
+            NamedMedium::Video(text) if text.trim().is_empty() => {
+                bail!("--video is empty: give a file or a URL")
+            }
+            NamedMedium::Image(text) if text.trim().is_empty() => {
+                bail!("--image is empty: give a file or a URL")
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// The parts of a message with these media.
@@ -220,16 +257,16 @@ pub fn report(media: &LoadedMedia, clock: Clock, generation: &Generation) {
     let prompt: usize = generation.prompt_tokens.iter().sum();
     let mut parts = Vec::new();
     if media.frames() > 0 {
-        parts.push(format!("{} frames", media.frames()));
+        parts.push(count(media.frames(), "frame"));
     }
     if !media.images.is_empty() {
-        parts.push(format!("{} image(s)", media.images.len()));
+        parts.push(count(media.images.len(), "image"));
     }
     let cached = match generation.cached_tokens {
         0 => String::new(),
         n => format!(" ({n} kept)"),
     };
-    parts.push(format!("{prompt} prompt tokens{cached}"));
+    parts.push(format!("{}{cached}", count(prompt, "prompt token")));
     parts.push(format!("{new} new"));
     let rate = match t.decode_steps {
         0 => String::new(),
@@ -238,7 +275,7 @@ pub fn report(media: &LoadedMedia, clock: Clock, generation: &Generation) {
             new.saturating_sub(1).max(1) as f64 / t.decode_s
         ),
     };
-    eprintln!(
+    output::say(&format!(
         "{} | media {:.2} s, load {:.2} s, vision {:.2} s, prefill {:.2} s, decode {:.2} s{rate}",
         parts.join(", "),
         clock.media_s,
@@ -246,7 +283,7 @@ pub fn report(media: &LoadedMedia, clock: Clock, generation: &Generation) {
         t.vision_s,
         t.prefill_s,
         t.decode_s,
-    );
+    ));
 }
 
 /// Runs media loading beside the loading of weights: both are waiting for different things.

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::output;
+
 /// A bar that shows nothing where stderr is no terminal.
 pub fn bar(total: u64, unit: Unit, what: &str) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(Some(total), target());
@@ -49,5 +51,5 @@ fn target() -> ProgressDrawTarget {
 
 /// A line for the person at stderr; never in the way of a bar.
 pub fn note(text: &str) {
-    eprintln!("note: {text}");
+    output::say(&format!("note: {text}"));
 }

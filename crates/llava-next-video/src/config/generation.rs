@@ -1,5 +1,7 @@
 //! `generation_config.json`: what a checkpoint wants by default when text is generated.
 
+use serde_json::Value;
+
 use super::fields::Fields;
 use super::files::CheckpointFiles;
 use crate::error::Result;
@@ -33,6 +35,55 @@ pub struct GenerationConfig {
     pub eos_token_ids: Vec<u32>,
     /// Padding id.
     pub pad_token_id: Option<u32>,
+    /// Settings that Transformers would heed and this program does not, as `key = value`.
+    pub not_applied: Vec<String>,
+}
+
+/// What Transformers would heed and this program does not, each with the value that changes nothing
+/// (besides null and an empty list).
+const NOT_APPLIED: [(&str, f64); 26] = [
+    ("num_beam_groups", 1.0),
+    ("diversity_penalty", 0.0),
+    ("penalty_alpha", 0.0),
+    ("dola_layers", 0.0),
+    ("typical_p", 1.0),
+    ("epsilon_cutoff", 0.0),
+    ("eta_cutoff", 0.0),
+    ("encoder_repetition_penalty", 1.0),
+    ("encoder_no_repeat_ngram_size", 0.0),
+    ("no_repeat_ngram_size", 0.0),
+    ("min_length", 0.0),
+    ("min_new_tokens", 0.0),
+    ("max_time", 0.0),
+    ("num_return_sequences", 1.0),
+    ("guidance_scale", 1.0),
+    ("bad_words_ids", 0.0),
+    ("force_words_ids", 0.0),
+    ("constraints", 0.0),
+    ("forced_bos_token_id", -1.0),
+    ("forced_eos_token_id", -1.0),
+    ("suppress_tokens", 0.0),
+    ("begin_suppress_tokens", 0.0),
+    ("sequence_bias", 0.0),
+    ("exponential_decay_length_penalty", 0.0),
+    ("stop_strings", 0.0),
+    ("watermarking_config", 0.0),
+];
+
+/// The settings of [`NOT_APPLIED`] that would change an answer.
+fn not_applied(fields: &Fields) -> Vec<String> {
+    let matters = |value: &Value, neutral: f64| match value {
+        Value::Null => false,
+        Value::Number(n) => n.as_f64() != Some(neutral),
+        Value::Array(list) => !list.is_empty(),
+        Value::Object(map) => !map.is_empty(),
+        Value::Bool(_) | Value::String(_) => true,
+    };
+    let set = NOT_APPLIED.iter().filter_map(|(key, neutral)| {
+        let value = fields.get(key)?;
+        matters(value, *neutral).then(|| format!("{key} = {value}"))
+    });
+    set.collect()
 }
 
 impl GenerationConfig {
@@ -64,6 +115,7 @@ impl GenerationConfig {
             bos_token_id: fields.ids("bos_token_id")?.first().copied(),
             eos_token_ids: fields.ids("eos_token_id")?,
             pad_token_id: fields.ids("pad_token_id")?.first().copied(),
+            not_applied: not_applied(&fields),
         })
     }
 }

@@ -60,6 +60,12 @@ pub fn no_repeat_ngram(scores: &mut [f32], ids: &[u32], n: usize) {
 /// 1, or with beams the number of end-of-sequence ids plus one.
 pub fn warp(scores: &mut [f32], sampling: &Sampling, keep: usize) {
     if sampling.temperature != 1.0 {
+        // A tiny temperature would push the best score past the largest float, and every probability
+        // with it; seen from the best score the distribution is the same and stays finite.
+        let best = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        if best.is_finite() && !(best / sampling.temperature).is_finite() {
+            scores.iter_mut().for_each(|s| *s -= best);
+        }
         scores.iter_mut().for_each(|s| *s /= sampling.temperature);
     }
     if sampling.top_k > 0 {

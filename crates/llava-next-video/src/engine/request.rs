@@ -192,6 +192,12 @@ impl Resolved {
                 self.repetition_penalty
             ));
         }
+        if !self.length_penalty.is_finite() {
+            return refuse(format!(
+                "length_penalty is {}; it must be a finite number (1 is usual)",
+                self.length_penalty
+            ));
+        }
         let (beams, returned) = (self.num_beams, self.num_return_sequences);
         if beams == 0 || beams > MAX_SEQUENCES || returned > MAX_SEQUENCES {
             return refuse(format!(

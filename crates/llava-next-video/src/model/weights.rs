@@ -323,11 +323,15 @@ fn indexed_files(
 #[allow(unsafe_code)]
 fn map_file(path: &Path) -> Result<Shard> {
     let file = std::fs::File::open(path).map_err(|cause| Error::io("open", path, &cause))?;
-    let length = file
+    let metadata = file
         .metadata()
-        .map_err(|cause| Error::io("read", path, &cause))?
-        .len();
-    let name = path.display().to_string();
+        .map_err(|cause| Error::io("read", path, &cause))?;
+    let (name, length) = (path.display().to_string(), metadata.len());
+    if !metadata.is_file() {
+        return Err(Error::Checkpoint(format!(
+            "{name} is not a regular file: put the checkpoint's weights there"
+        )));
+    }
     if length == 0 {
         return Err(Error::Checkpoint(format!(
             "{name} is empty: download it again"

@@ -381,6 +381,9 @@ fn video_source(key: &str, value: &Value) -> Result<MediaSource, String> {
             });
             Ok(MediaSource::Frames(frames.collect::<Result<_, _>>()?))
         }
+        Value::Array(_) => Err(format!(
+            "its {key} is an empty list: name at least one frame"
+        )),
         other => Err(format!(
             "its {key} is {}, but must be a string or a list of frames",
             kind(other)

@@ -162,7 +162,8 @@ impl ModelInputs {
     pub fn from_safetensors(bytes: &[u8], facts: &ModelFacts) -> Result<TensorInputs> {
         let file = SafeTensors::deserialize(bytes).map_err(|cause| {
             Error::Input(format!(
-                "the inputs are not a safetensors file ({cause}): make them with `process`"
+                "the inputs are not a safetensors file, or one cut short ({cause}): make them anew with \
+                 `lnv process`"
             ))
         })?;
         let input_ids = rows(&file, "input_ids")?.ok_or_else(|| {

@@ -1,0 +1,12 @@
+//! The command as people use it: the built binary, its exit status, its two streams and its files.
+//!
+//! One binary, so that it links once. Nothing here leaves the loopback interface.
+
+#![allow(clippy::unwrap_used)]
+
+mod chat;
+mod contract;
+mod hub;
+mod refusals;
+mod support;
+mod urls;

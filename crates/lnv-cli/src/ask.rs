@@ -28,8 +28,12 @@ pub fn run(args: &AskArgs, media: Vec<NamedMedium>) -> Result<()> {
     let question = question(&args.question)?;
     let options = RunOptions::new(&args.model.run)?;
     let sampling = model::sampling(&args.generation.frames)?;
-    let generation = model::generation(&args.generation, Some(DEFAULT_NEW_TOKENS))?;
     let pipeline = Pipeline::open(args.model.model.as_deref(), true)?;
+    let generation = model::generation(
+        &args.generation,
+        &pipeline.generation,
+        Some(DEFAULT_NEW_TOKENS),
+    )?;
     let mut content = pipeline::media_content(&media);
     content.push(Content::Text(question));
     let system = args.system.clone();

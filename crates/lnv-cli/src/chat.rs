@@ -38,8 +38,12 @@ const HELP: &str = "/video PATH or /image PATH attaches a file or URL to the nex
 pub fn run(args: &ChatArgs, media: Vec<NamedMedium>) -> Result<()> {
     let options = RunOptions::new(&args.model.run)?;
     let sampling = model::sampling(&args.generation.frames)?;
-    let generation = model::generation(&args.generation, Some(DEFAULT_NEW_TOKENS))?;
     let pipeline = Pipeline::open(args.model.model.as_deref(), true)?;
+    let generation = model::generation(
+        &args.generation,
+        &pipeline.generation,
+        Some(DEFAULT_NEW_TOKENS),
+    )?;
     // What was typed on the command line must be right; only then is the model worth loading.
     let first = match media.is_empty() {
         true => None,

@@ -20,8 +20,8 @@ use crate::stream::Text;
 pub fn run(args: &GenerateArgs) -> Result<()> {
     let options = RunOptions::new(&args.model.run)?;
     let sampling = model::sampling(&args.generation.frames)?;
-    let generation = model::generation(&args.generation, None)?;
     let pipeline = Pipeline::open(args.model.model.as_deref(), true)?;
+    let generation = model::generation(&args.generation, &pipeline.generation, None)?;
     let start = Instant::now();
     let (media, inputs) = match (&args.conversation, &args.inputs) {
         (Some(path), _) => {

@@ -5,7 +5,8 @@ use std::time::Instant;
 
 use anyhow::{Result, anyhow, bail};
 use llava_next_video::config::{
-    CheckpointFiles, Dtype, LlavaNextVideoConfig, RopeOverride, parse_rope_override,
+    CheckpointFiles, Dtype, GenerationConfig, LlavaNextVideoConfig, RopeOverride,
+    parse_rope_override,
 };
 use llava_next_video::engine::{EarlyStopping, GenerationOptions, Sampling};
 use llava_next_video::media::FrameSampling;
@@ -13,7 +14,7 @@ use llava_next_video::model::{LlavaNextVideoModel, LoadOptions};
 use lnv_kernels::Device;
 
 use crate::args::{DtypeArg, EarlyStoppingArg, FrameArgs, GenerationArgs, QuantizeArg, RunArgs};
-use crate::progress::{Unit, bar};
+use crate::progress::{Unit, bar, note};
 
 /// Frames of a video when nothing else is said.
 pub const DEFAULT_FRAMES: usize = 8;
@@ -123,13 +124,22 @@ pub fn sampling(args: &FrameArgs) -> Result<FrameSampling> {
 /// How to generate; `default_tokens` is the limit where none was typed.
 pub fn generation(
     args: &GenerationArgs,
+    defaults: &GenerationConfig,
     default_tokens: Option<usize>,
 ) -> Result<GenerationOptions> {
     if args.num_return_sequences == 0 {
         bail!("--num-return-sequences is 0; it must be at least 1");
     }
     let warped = args.top_k.is_some() || args.top_p.is_some() || args.min_p.is_some();
+    // What is not typed is as the checkpoint likes it, once sampling is asked for at all.
     let usual = Sampling::default();
+    let usual = Sampling {
+        temperature: defaults.temperature.map_or(usual.temperature, |t| t as f32),
+        top_k: defaults.top_k.unwrap_or(usual.top_k),
+        top_p: defaults.top_p.map_or(usual.top_p, |p| p as f32),
+        min_p: defaults.min_p.map_or(usual.min_p, |p| p as f32),
+    };
+    let default_tokens = defaults.max_new_tokens.or(default_tokens);
     let sampling = match args.temperature {
         Some(0.0) => None,
         None if !warped => None,
@@ -140,6 +150,9 @@ pub fn generation(
             min_p: args.min_p.unwrap_or(usual.min_p),
         }),
     };
+    if sampling.is_none() && args.temperature.is_none() && defaults.do_sample == Some(true) {
+        note("the checkpoint would sample; answers here are greedy unless --temperature says else");
+    }
     Ok(GenerationOptions {
         max_new_tokens: match args.max_length {
             Some(_) => args.max_new_tokens,

@@ -527,3 +527,24 @@ fn shared_clips() {
         }
     }
 }
+
+/// A download that broke off is answered from what is there, and says so.
+#[test]
+fn a_cut_off_file_says_what_is_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = std::fs::read(testdata().join("../golden/media/clip-64x48.mp4")).unwrap();
+    let path = dir.path().join("clip.mp4");
+    std::fs::write(&path, &whole).unwrap();
+    let limits = MediaLimits::default();
+    let all = decode_video(&path, FrameSampling::All, &limits, None).unwrap();
+    assert!(all.notes.is_empty());
+    std::fs::write(&path, &whole[..whole.len() * 2 / 3]).unwrap();
+    let left = decode_video(&path, FrameSampling::All, &limits, None).unwrap();
+    assert!(left.frames.len() < all.frames.len());
+    let note = format!("only the {} frames that are left", left.frames.len());
+    assert!(
+        left.notes.iter().any(|text| text.contains(&note)),
+        "{:?}",
+        left.notes
+    );
+}

@@ -57,6 +57,16 @@ pub(super) fn samples(path: &Path, container: &str, most: u64) -> Option<Vec<Sam
     only_video_table(&mut file, moov, most).ok()
 }
 
+/// Whether the file ends before its boxes do: a download that broke off. Its table still promises all.
+pub(super) fn is_cut_off(path: &Path, container: &str) -> bool {
+    let read = || {
+        let mut file = File::open(path).ok()?;
+        let end = file.metadata().ok()?.len();
+        boxes(&mut file, 0, end).ok()
+    };
+    is_mp4(container) && read().is_some_and(|all| all.last().is_some_and(|last| !last.complete))
+}
+
 fn is_mp4(container: &str) -> bool {
     container.split(',').any(|name| name == "mp4")
 }

@@ -14,6 +14,7 @@ use super::convert::Turn;
 use super::decode::{Control, Decoder};
 use super::demux::Demuxer;
 use super::index::{self, Scan};
+use super::mp4;
 use super::seek::seeking;
 use super::sequential::{Plan, sequential};
 use super::{
@@ -350,6 +351,11 @@ impl Job<'_> {
                     format!("{shown} was rotated by {degrees} degrees clockwise, as the file asks")
                 }
             });
+        }
+        if mp4::is_cut_off(self.path, &demuxer.container()) {
+            notes.push(format!(
+                "{shown} is cut off: only the {total} frames that are left of it count"
+            ));
         }
         if let FrameSampling::Default(wanted) = self.sampling
             && wanted > total

@@ -24,7 +24,7 @@ MASK = 6  # cells along a patch in the figure-ground target
 DROPPABLE = set("the a an in this video clip footage image picture photo please can you see there do tell me".split())
 SIZES = ((240, 320), (256, 256), (360, 640), (320, 240), (180, 320), (200, 300), (640, 360), (300, 280), (96, 96), (150, 200))
 KIND_WEIGHTS = {
-    "motion": 2.0, "event": 2.0, "colour": 1.0, "shape": 1.2, "count": 1.2, "count_of": 0.6, "background": 0.6,
+    "motion": 2.0, "event": 2.0, "colour": 1.3, "shape": 1.2, "count": 1.5, "count_of": 1.1, "background": 0.6,
     "exists": 1.4, "describe": 1.0, "moves": 0.5, "where": 0.5, "trace": 0.5,
 }
 
@@ -82,10 +82,10 @@ def video_batch(rng, clips, frames, **kw):
     return Batch(normalise(degrade(image, rng)), scenes, times, state, patches(alpha), figure_mask(state, alpha, clips), True)
 
 
-def still_batch(rng, clips):
+def still_batch(rng, clips, **kw):
     """Stills of one size: the squeezed base tile and the two tiles of the padded image."""
     height, width = SIZES[rng.integers(len(SIZES))]
-    scenes = [random_scene(rng, video=False, aspect=width / height) for _ in range(clips)]
+    scenes = [random_scene(rng, video=False, aspect=width / height, **kw) for _ in range(clips)]
     times = [np.zeros(1)] * clips
     across = width >= height
     long = min(2 * SIDE, max(1, round(SIDE * max(width / height, height / width))))

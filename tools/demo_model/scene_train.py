@@ -153,7 +153,14 @@ def stays_clear(scene, mover):
     )
 
 
-def random_scene(rng, video=True, aspect=None, event=None, count=None):
+# How many shapes: (clips, stills), in most of training and towards its end.
+COUNTS = {
+    False: ((0.66, 0.12, 0.11, 0.11), (0.34, 0.3, 0.18, 0.18)),
+    True: ((0.4, 0.16, 0.21, 0.23), (0.15, 0.41, 0.22, 0.22)),
+}
+
+
+def random_scene(rng, video=True, aspect=None, event=None, count=None, crowded=False):
     aspect = aspect or pick(rng, ASPECTS, ASPECT_WEIGHTS) * float(np.exp(rng.normal(0, 0.02)))
     if rng.random() < 0.5:
         background = pick(rng, ("white", "black", "gray"))
@@ -161,7 +168,7 @@ def random_scene(rng, video=True, aspect=None, event=None, count=None):
         background = pick(rng, BACKGROUNDS)
     scene = Scene(background, shade(background, rng), aspect, video=video)
     if count is None:
-        count = pick(rng, (1, 2, 3, 4), (0.66, 0.12, 0.11, 0.11) if video else (0.34, 0.3, 0.18, 0.18))
+        count = pick(rng, (1, 2, 3, 4), COUNTS[crowded][0 if video else 1])
     if count > 1:
         add_several(rng, scene, count)
     else:

@@ -24,6 +24,7 @@ from network import Heads, answer_loss, dense_loss, media_tokens, motion_loss, n
 SEED = 20240
 RANKS = 2
 VISION_PART = 0.15  # of the run: the vision tower alone
+CROWDED_FROM = 0.8  # of the rest: more stills and more shapes at once, which are learned last
 
 
 def sincos(model):
@@ -96,20 +97,20 @@ def learning_rate(done, step, peak):
     if done < VISION_PART:
         return 1.5 * peak * min(1, (step + 1) / 50)
     part = joint_part(done)
-    cool = min(1.0, max(0.02, (1 - part) / 0.3))
+    cool = min(1.0, max(0.02, (1 - part) / 0.25))
     return peak * min(1.0, part / 0.02 + 0.02) * cool
 
 
 def frames_per_clip(done, rng):
     """The curriculum: direction on two frames, then more; 0 is a batch of stills."""
     part = joint_part(done)
-    if rng.random() < 0.2:
+    if rng.random() < (0.35 if part > CROWDED_FROM else 0.2):
         return 0
     if part < 0.1:
         return 2
     if part < 0.22:
         return int(rng.choice([2, 3, 4, 6]))
-    if part < 0.6:  # short clips are cheap, and teach all but motion as well as long ones
+    if part < 0.72:  # short clips are cheap, and teach all but motion as well as long ones
         return int(rng.choice([2, 4, 8, 12, 16], p=[0.4, 0.25, 0.25, 0.05, 0.05]))
     return int(rng.choice([2, 4, 6, 8, 12, 16], p=[0.1, 0.16, 0.14, 0.46, 0.08, 0.06]))
 
@@ -173,25 +174,27 @@ class Trainer:
         state = torch.load(self.state_file, weights_only=False)
         for name in ("model", "heads", "optimiser"):
             getattr(self, name).load_state_dict(state[name])
-        for name in ("step", "seconds", "done", "joint", "accuracy"):
+        for name in ("step", "seconds", "joint", "accuracy"):
             setattr(self, name, state[name])
+        self.done = self.progress()  # not the saved one: --minutes may be another now
         if self.rank == 0:
             print(f"resumed at step {self.step}", flush=True)
 
     def save(self):
         state = {n: getattr(self, n).state_dict() for n in ("model", "heads", "optimiser")}
-        state |= {n: getattr(self, n) for n in ("step", "seconds", "done", "joint", "accuracy")}
+        state |= {n: getattr(self, n) for n in ("step", "seconds", "joint", "accuracy")}
         temporary = self.state_file.with_suffix(".tmp")
         torch.save(state, temporary)
         temporary.replace(self.state_file)
 
     def progress(self):
-        by_time = self.seconds / (60 * self.args.minutes) if self.args.minutes else 0.0
-        return max(self.step / self.args.steps, by_time)
+        if self.args.steps:
+            return self.step / self.args.steps
+        return self.seconds / (60 * self.args.minutes)
 
     def kind_weights(self):
         """Ask more of what is still answered wrong."""
-        fade = 0.3 if self.done > 0.6 else 1.0
+        fade = 0.1 if self.done > 0.6 else 1.0
         extra = {"trace": fade, "where": fade}
         return {k: w * (0.25 + (1 - self.accuracy[k])) * extra.get(k, 1.0) for k, w in KIND_WEIGHTS.items()}
 
@@ -208,7 +211,11 @@ class Trainer:
 
     def joint_step(self, rng, frames):
         clips = clips_per_rank(frames)
-        batch = video_batch(rng, clips, frames) if frames else still_batch(rng, clips)
+        crowded = joint_part(self.done) > CROWDED_FROM
+        if frames:
+            batch = video_batch(rng, clips, frames, crowded=crowded)
+        else:
+            batch = still_batch(rng, clips, crowded=crowded)
         packed = pack(batch, self.words, rng, self.kind_weights())
         with torch.autocast("cpu", torch.bfloat16):
             features = vision_features(self.model, batch.pixels.flatten(0, 1))
@@ -283,15 +290,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", default=str(Path.home() / ".cache" / "lnv-demo-train"))
     parser.add_argument("--out", help="where to write the finished checkpoint")
-    parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--minutes", type=float, help="finish the schedule within this time, in fewer steps if need be")
+    parser.add_argument("--minutes", type=float, default=110, help="training time, over which the schedule is spread")
+    parser.add_argument("--steps", type=int, help="spread the schedule over this many steps instead")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--dense", type=float, default=0.3, help="weight of the vision tower's extra losses")
     parser.add_argument("--motion", type=float, default=0.5, help="weight of the language model's extra losses")
     parser.add_argument("--naming", type=float, default=0.15, help="weight of drawing tokens towards words")
     args = parser.parse_args()
     mp.set_start_method("spawn")
-    size = sum(p.numel() for p in Trainer(argparse.Namespace(work_dir=args.work_dir), 1).params)
+    size = sum(p.numel() for p in Trainer(args, 1).params)
     mp.spawn(work, (args, Average(size)), RANKS)
 
 

@@ -24,6 +24,8 @@ pub mod model;
 
 pub mod engine;
 
+pub mod demo;
+
 pub use config::LlavaNextVideoConfig;
 pub use engine::Engine;
 pub use error::{Error, Result};

@@ -278,7 +278,11 @@ fn inputs(config: &LlavaNextVideoConfig, frames: usize) -> ModelInputs {
         data,
     };
     let placeholders = frames * config.tokens_per_frame();
-    let text = (0..TEXT_TOKENS as u32).map(|i| 5 + i * 7 % 200);
+    let word_ids = (config.text_config.vocab_size as u32)
+        .min(config.image_token_index)
+        .min(config.video_token_index)
+        .max(1);
+    let text = (0..TEXT_TOKENS as u32).map(|i| i * 7 % word_ids);
     let video = std::iter::repeat_n(config.video_token_index, placeholders);
     let ids: Vec<u32> = text
         .clone()

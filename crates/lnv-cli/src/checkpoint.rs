@@ -8,6 +8,7 @@ use hf_hub::api::Progress;
 use hf_hub::api::sync::{ApiBuilder, ApiRepo};
 use hf_hub::{Cache, Repo};
 use llava_next_video::config::CheckpointFiles;
+use llava_next_video::demo;
 
 use crate::progress::{Unit, bar, note};
 
@@ -20,7 +21,12 @@ const FIRST_WAIT: Duration = Duration::from_millis(100);
 /// The files of the checkpoint that `--model` names.
 pub fn open(model: Option<&str>) -> Result<CheckpointFiles> {
     let Some(model) = model else {
-        bail!("give a checkpoint with --model: a directory in Hugging Face layout, or a hub id");
+        note(
+            "this is the built-in demo model: it knows coloured shapes that move, nothing else. For \
+             real videos: lnv ask --model llava-hf/LLaVA-NeXT-Video-7B-hf --video clip.mp4 \"...\" \
+             (or a directory in Hugging Face layout)",
+        );
+        return Ok(demo::checkpoint_files());
     };
     if model.trim().is_empty() {
         bail!("--model is empty: give a directory in Hugging Face layout, or a hub id");

@@ -6,6 +6,7 @@
 
 mod chat;
 mod contract;
+mod demo;
 mod hub;
 mod refusals;
 mod support;

@@ -13,6 +13,7 @@ mod vision;
 
 use lnv_kernels::Activation;
 
+pub(crate) use fields::kind;
 pub use files::{CheckpointFiles, MAX_JSON_BYTES};
 pub use generation::GenerationConfig;
 pub use model::{Dtype, LlavaNextVideoConfig, SelectStrategy, SpatialPoolMode, default_pinpoints};

@@ -35,7 +35,8 @@ impl Fixture {
         let directory = golden().join(name);
         let files = CheckpointFiles::open(&directory).unwrap();
         let config = LlavaNextVideoConfig::read(&files).unwrap();
-        let processor = LlavaNextVideoProcessor::from_files(&files, &facts(&config)).unwrap();
+        let processor =
+            LlavaNextVideoProcessor::from_files(&files, &ModelFacts::from(&config)).unwrap();
         let options = LoadOptions {
             dtype: Some(Dtype::F32),
             ..LoadOptions::default()
@@ -61,20 +62,6 @@ impl Fixture {
         self.engine
             .generate(inputs, options, &(), &mut |_| ControlFlow::Continue(()))
             .unwrap()
-    }
-}
-
-fn facts(config: &LlavaNextVideoConfig) -> ModelFacts {
-    ModelFacts {
-        text_model_type: config.text_config.backbone.name().into(),
-        image_size: config.vision_config.image_size,
-        patch_size: config.vision_config.patch_size,
-        has_cls: config.vision_config.has_class_token(),
-        vision_feature_select_strategy: config.vision_feature_select_strategy.name().into(),
-        image_token_id: config.image_token_index,
-        video_token_id: config.video_token_index,
-        spatial_pool_stride: config.spatial_pool_stride,
-        image_grid_pinpoints: config.image_grid_pinpoints.clone(),
     }
 }
 

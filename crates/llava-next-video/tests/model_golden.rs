@@ -9,10 +9,9 @@ use std::sync::Arc;
 
 use llava_next_video::config::{CheckpointFiles, Dtype, GenerationConfig, LlavaNextVideoConfig};
 use llava_next_video::engine::{EarlyStopping, Engine, GenerationOptions};
-use llava_next_video::media::ImageSize;
 use llava_next_video::model::{ForwardOptions, LlavaNextVideoModel, LoadOptions, LogitsToKeep};
-use llava_next_video::processor::anyres::AnyResLayout;
-use llava_next_video::processor::inputs::{ImageInput, ModelInputs, Pixels, VideoInput};
+use llava_next_video::processor::ModelFacts;
+use llava_next_video::processor::inputs::ModelInputs;
 use safetensors::SafeTensors;
 
 /// What f32 results may differ by, as a share of the largest value.
@@ -32,72 +31,11 @@ fn f32s(t: &safetensors::tensor::TensorView<'_>) -> Vec<f32> {
         .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
         .collect()
 }
-fn i64s(t: &safetensors::tensor::TensorView<'_>) -> Vec<i64> {
-    t.data()
-        .chunks_exact(8)
-        .map(|b| i64::from_le_bytes(b.try_into().unwrap()))
-        .collect()
-}
 
 fn read_inputs(path: &Path, config: &LlavaNextVideoConfig) -> (ModelInputs, Option<Vec<Vec<i64>>>) {
     let bytes = std::fs::read(path).unwrap();
-    let st = SafeTensors::deserialize(&bytes).unwrap();
-    let rows = |name: &str| -> Option<Vec<Vec<i64>>> {
-        let t = st.tensor(name).ok()?;
-        Some(i64s(&t).chunks(t.shape()[1]).map(<[i64]>::to_vec).collect())
-    };
-    let mut inputs = ModelInputs {
-        input_ids: rows("input_ids")
-            .unwrap()
-            .iter()
-            .map(|r| r.iter().map(|x| *x as u32).collect())
-            .collect(),
-        attention_mask: rows("attention_mask")
-            .unwrap()
-            .iter()
-            .map(|r| r.iter().map(|x| *x != 0).collect())
-            .collect(),
-        ..ModelInputs::default()
-    };
-    if let Ok(t) = st.tensor("pixel_values") {
-        let s = t.shape().to_vec();
-        let sizes = rows("image_sizes").unwrap();
-        let data = f32s(&t);
-        let per = s[1..].iter().product::<usize>();
-        for (i, size) in sizes.iter().enumerate() {
-            let layout = AnyResLayout::new(
-                ImageSize::new(size[0] as usize, size[1] as usize),
-                &config.image_grid_pinpoints,
-                config.vision_config.image_size,
-                config.vision_config.patch_size,
-            )
-            .unwrap();
-            let n = layout.tiles;
-            let one = per / s[1];
-            inputs.images.push(ImageInput {
-                tiles: Pixels {
-                    count: n,
-                    size: ImageSize::new(s[3], s[4]),
-                    data: data[i * per..i * per + n * one].to_vec(),
-                },
-                layout,
-            });
-        }
-    }
-    if let Ok(t) = st.tensor("pixel_values_videos") {
-        let s = t.shape().to_vec();
-        let per = s[1..].iter().product::<usize>();
-        for v in f32s(&t).chunks(per) {
-            inputs.videos.push(VideoInput {
-                frames: Pixels {
-                    count: s[1],
-                    size: ImageSize::new(s[3], s[4]),
-                    data: v.to_vec(),
-                },
-            });
-        }
-    }
-    (inputs, rows("labels"))
+    let read = ModelInputs::from_safetensors(&bytes, &ModelFacts::from(config)).unwrap();
+    (read.inputs, read.labels)
 }
 
 /// Largest difference over the positions that the mask shows, as a share of the largest value there.

@@ -44,7 +44,7 @@ impl Pipeline {
         let files = checkpoint::open(model)?;
         let mut config = LlavaNextVideoConfig::read(&files)?;
         let generation = GenerationConfig::read(&files)?;
-        let processor = LlavaNextVideoProcessor::from_files(&files, &facts(&config))?;
+        let processor = LlavaNextVideoProcessor::from_files(&files, &ModelFacts::from(&config))?;
         if speak {
             processor.notes.iter().for_each(|text| note(text));
             if !generation.not_applied.is_empty() {
@@ -85,22 +85,6 @@ impl Pipeline {
             &options,
         )?;
         Ok(processed.inputs)
-    }
-}
-
-/// What the processor must know of the model.
-pub fn facts(config: &LlavaNextVideoConfig) -> ModelFacts {
-    let vision = &config.vision_config;
-    ModelFacts {
-        text_model_type: config.text_config.backbone.name().to_owned(),
-        image_size: vision.image_size,
-        patch_size: vision.patch_size,
-        has_cls: vision.has_class_token(),
-        vision_feature_select_strategy: config.vision_feature_select_strategy.name().to_owned(),
-        image_token_id: config.image_token_index,
-        video_token_id: config.video_token_index,
-        spatial_pool_stride: config.spatial_pool_stride,
-        image_grid_pinpoints: config.image_grid_pinpoints.clone(),
     }
 }
 

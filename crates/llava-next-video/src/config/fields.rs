@@ -165,7 +165,8 @@ pub(crate) fn whole(value: &Value) -> Option<usize> {
     (x >= 0.0 && x.fract() == 0.0 && x < 2f64.powi(53)).then_some(x as usize)
 }
 
-fn kind(value: &Value) -> &'static str {
+/// What a JSON value is, for a message.
+pub(crate) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "true or false",

@@ -8,7 +8,7 @@ use lnv_kernels::{AttentionShape, Buffer, Epilogue, Heads, KvCache, Ops, Span, W
 
 use super::batch::{Batch, DecoderOutput, Keep, Taps};
 use super::layers::{Linear, Loader, RmsNorm};
-use crate::config::{RopeScaling, TextConfig};
+use crate::config::TextConfig;
 use crate::error::Result;
 
 /// Called after each layer with the number done; an error stops the pass.
@@ -224,11 +224,6 @@ impl LanguageModel {
             }
         }
         ops.upload(batch.tokens(), d, &table)
-    }
-
-    /// Replaces the rotary scaling (`--rope-scaling`).
-    pub fn set_rope_scaling(&mut self, scaling: RopeScaling) {
-        self.config.rope.scaling = scaling;
     }
 }
 

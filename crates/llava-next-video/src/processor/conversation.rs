@@ -16,6 +16,7 @@ use std::path::PathBuf;
 
 use serde_json::{Map, Value, json};
 
+use crate::config::kind;
 use crate::error::{Error, Result};
 
 /// The most conversations in one file.
@@ -412,17 +413,6 @@ fn looks_like_base64(text: &str) -> bool {
     let base64 =
         |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'/' | b'=' | b'\n' | b'\r');
     text.len() >= 80 && text.bytes().all(base64)
-}
-
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "true or false",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
-    }
 }
 
 fn brief(value: &Value) -> String {

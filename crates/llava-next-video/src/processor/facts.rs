@@ -1,10 +1,11 @@
-//! What the processor must know of the model, as plain numbers, so that it does not depend on how the
-//! configuration is read.
+//! What the processor must know of the model, as plain numbers, so that a processor can be made and
+//! tested without a configuration.
 
 use super::anyres::AnyResLayout;
 use super::image_processor::LlavaNextImageProcessor;
 use super::resize::Arithmetic;
 use super::settings::{PixelSettings, TargetSize};
+use crate::config::LlavaNextVideoConfig;
 use crate::error::{Error, Result};
 use crate::media::ImageSize;
 
@@ -29,6 +30,23 @@ pub struct ModelFacts {
     pub spatial_pool_stride: usize,
     /// `image_grid_pinpoints`.
     pub image_grid_pinpoints: Vec<ImageSize>,
+}
+
+impl From<&LlavaNextVideoConfig> for ModelFacts {
+    fn from(config: &LlavaNextVideoConfig) -> Self {
+        let vision = &config.vision_config;
+        Self {
+            text_model_type: config.text_config.backbone.name().to_owned(),
+            image_size: vision.image_size,
+            patch_size: vision.patch_size,
+            has_cls: vision.has_class_token(),
+            vision_feature_select_strategy: config.vision_feature_select_strategy.name().to_owned(),
+            image_token_id: config.image_token_index,
+            video_token_id: config.video_token_index,
+            spatial_pool_stride: config.spatial_pool_stride,
+            image_grid_pinpoints: config.image_grid_pinpoints.clone(),
+        }
+    }
 }
 
 impl ModelFacts {

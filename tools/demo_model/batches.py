@@ -147,10 +147,11 @@ def choose(rng, asked, scene, weights, count):
     return [asked[i] for i in rng.choice(len(asked), count, replace=False, p=w / w.sum())]
 
 
-def pack(batch, words, rng, weights, count=QUESTIONS):
+def pack(batch, words, rng, weights, each=False):
     rows, kinds = [], []
     for scene, times in zip(batch.scenes, batch.times):
-        chosen = choose(rng, questions(scene, rng, times), scene, weights, count)
+        asked = questions(scene, rng, times, each)
+        chosen = choose(rng, asked, scene, weights, QUESTIONS + 2 if each else QUESTIONS)
         row = {k: [] for k in ("ids", "labels", "weights", "segment", "offset")}
         for number, (_, question, answer) in enumerate(chosen):
             q, a = words.prompt(question, rng), words.ids(answer) + [EOS]

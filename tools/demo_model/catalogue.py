@@ -258,19 +258,22 @@ def yes_no(truth):
     return "yes" if truth else "no"
 
 
-def questions(scene, rng, times=(0.0,)):
+def questions(scene, rng, times=(0.0,), each=False):
+    """`each`: colour and shape of every object that can be named, not of one of them."""
     asker = Asker(scene, rng)
     some = scene.objects if len(scene.objects) == 1 else [one_of(rng, scene.objects)]
-    for o in some:
+    for o in scene.objects if each else some:
         asker.about(o)
+    for o in some:
         asker.places(o, times)
     if scene.video:
         movers = [o for o in scene.objects if o.event == "move"] or some
         asker.changes(movers[0])
     it = asker.subject(some[0], colour=False) if len(scene.objects) == 1 else "the shapes"
     asker.ask("background", BACKGROUND, scene.background, it=it)
-    asker.counts()
-    asker.existence()
+    for _ in range(2 if each else 1):
+        asker.counts()
+        asker.existence()
     asker.ask("describe", DESCRIBE, describe(scene))
     return asker.out
 

@@ -9,6 +9,7 @@ import argparse
 import collections
 import json
 import subprocess
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -90,15 +91,25 @@ class TransformersModel:
 
 
 class Program:
-    """The Rust program, started once per question."""
+    """The Rust program: a batch of conversations at a time."""
 
-    def __init__(self, path, extra):
-        self.command = [path, "ask", *extra]
+    def __init__(self, path, model, extra):
+        self.command = [path, "generate", "--format", "json", "--max-new-tokens", "24", *extra]
+        if model:
+            self.command += ["--model", model]
 
     def answers(self, items):
-        flag = lambda i: "--video" if i["video"] else "--image"
-        run = lambda i: subprocess.run([*self.command, flag(i), i["file"], i["question"]], capture_output=True, text=True)
-        return [run(i).stdout.strip() for i in items]
+        def conversation(item):
+            media = {"type": "video" if item["video"] else "image", "path": item["file"]}
+            return [{"role": "user", "content": [media, {"type": "text", "text": item["question"]}]}]
+
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            json.dump([conversation(i) for i in items], file)
+            file.flush()
+            done = subprocess.run([*self.command, "--conversation", file.name], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        return [t.strip() for t in json.loads(done.stdout)["texts"]]
 
 
 def in_groups(items, size):
@@ -113,7 +124,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="checkpoint folder, for Transformers")
     parser.add_argument("--lnv", help="ask this program instead")
-    parser.add_argument("--lnv-arg", action="append", default=[], help="further arguments for the program's `ask`")
+    parser.add_argument("--lnv-arg", action="append", default=[], help="further arguments for the program's `generate`")
     parser.add_argument("--per-set", type=int, default=240, help="files per set of scenes")
     parser.add_argument("--kinds", help="only these kinds, comma-separated")
     parser.add_argument("--frames", type=int, default=8)
@@ -129,7 +140,7 @@ def main():
     if args.kinds:
         items = [i for i in items if i["kind"] in args.kinds.split(",")]
     if args.lnv:
-        answerer = Program(args.lnv, args.lnv_arg)
+        answerer = Program(args.lnv, args.model, args.lnv_arg)
     else:
         import torch
 

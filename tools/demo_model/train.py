@@ -25,6 +25,8 @@ SEED = 20240
 RANKS = 2
 VISION_PART = 0.15  # of the run: the vision tower alone
 CROWDED_FROM = 0.8  # of the rest: more stills and more shapes at once, which are learned last
+TELL_APART_FROM = 0.84  # of the rest: mostly that, and asked of each shape
+SETTLE_FROM = 0.965  # of the rest: clips again, lest their counts be forgotten
 
 
 def sincos(model):
@@ -104,7 +106,8 @@ def learning_rate(done, step, peak):
 def frames_per_clip(done, rng):
     """The curriculum: direction on two frames, then more; 0 is a batch of stills."""
     part = joint_part(done)
-    if rng.random() < (0.35 if part > CROWDED_FROM else 0.2):
+    stills = 0.2 if part < CROWDED_FROM else 0.65 if TELL_APART_FROM < part < SETTLE_FROM else 0.35
+    if rng.random() < stills:
         return 0
     if part < 0.1:
         return 2
@@ -216,7 +219,7 @@ class Trainer:
             batch = video_batch(rng, clips, frames, crowded=crowded)
         else:
             batch = still_batch(rng, clips, crowded=crowded)
-        packed = pack(batch, self.words, rng, self.kind_weights())
+        packed = pack(batch, self.words, rng, self.kind_weights(), joint_part(self.done) > TELL_APART_FROM)
         with torch.autocast("cpu", torch.bfloat16):
             features = vision_features(self.model, batch.pixels.flatten(0, 1))
             media = media_tokens(self.model, features, batch)
@@ -290,7 +293,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", default=str(Path.home() / ".cache" / "lnv-demo-train"))
     parser.add_argument("--out", help="where to write the finished checkpoint")
-    parser.add_argument("--minutes", type=float, default=110, help="training time, over which the schedule is spread")
+    parser.add_argument("--minutes", type=float, default=115, help="training time, over which the schedule is spread")
     parser.add_argument("--steps", type=int, help="spread the schedule over this many steps instead")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--dense", type=float, default=0.3, help="weight of the vision tower's extra losses")

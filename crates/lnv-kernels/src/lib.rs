@@ -36,4 +36,4 @@ pub use error::KernelError;
 pub use isa::{Device, Isa};
 pub use kv_cache::{Heads, KV_BLOCK, KvCache, Slot};
 pub use ops::{Activation, AttentionShape, Epilogue, Ops, PatchGeometry, PoolMode, Span};
-pub use weight::{Weight, WeightData, WeightDtype, WeightPart};
+pub use weight::{PackedBytes, Weight, WeightData, WeightDtype, WeightPart, packed_len};

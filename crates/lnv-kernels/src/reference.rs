@@ -11,7 +11,7 @@ use half::{bf16, f16};
 use crate::buffer::{Buffer, Vector};
 use crate::kv_cache::{Heads, KV_BLOCK, LayerCache, Slot};
 use crate::ops::{Activation, AttentionShape, Epilogue, PatchGeometry, PoolMode, Span};
-use crate::weight::{PANEL, Panels, Weight};
+use crate::weight::{PANEL, Weight, WeightDtype};
 
 /// `out = act(x·Wᵀ + bias)` or `out += x·Wᵀ + bias`.
 pub(crate) fn linear(
@@ -46,33 +46,32 @@ pub(crate) fn linear(
 /// One row times a panel: 32 sums, each one ascending chain over k.
 fn panel_product(x: &[f32], w: &Weight, panel: usize) -> [f32; PANEL] {
     let mut sums = [0.0; PANEL];
-    let len = w.padded_k() * PANEL;
-    let range = panel * len..(panel + 1) * len;
-    match w.panels() {
-        Panels::F32(data) => {
-            for (x, values) in x.iter().zip(data.as_slice()[range].chunks_exact(PANEL)) {
+    let values = w.panel(panel);
+    match w.dtype() {
+        WeightDtype::F32 => {
+            let values: &[f32] = bytemuck::cast_slice(values);
+            for (x, values) in x.iter().zip(values.chunks_exact(PANEL)) {
                 sums.iter_mut()
                     .zip(values)
                     .for_each(|(sum, value)| *sum += x * value);
             }
         }
-        Panels::F16(data) => {
-            for (x, values) in x.iter().zip(data.as_slice()[range].chunks_exact(PANEL)) {
-                let values = values.iter().map(|bits| f16::from_bits(*bits).to_f32());
+        WeightDtype::F16 => {
+            let values: &[f16] = bytemuck::cast_slice(values);
+            for (x, values) in x.iter().zip(values.chunks_exact(PANEL)) {
                 sums.iter_mut()
                     .zip(values)
-                    .for_each(|(sum, value)| *sum += x * value);
+                    .for_each(|(sum, value)| *sum += x * value.to_f32());
             }
         }
-        Panels::Bf16(data) => {
-            let pairs = data.as_slice()[range].chunks_exact(2 * PANEL);
-            for (x, values) in x.chunks(2).zip(pairs) {
+        WeightDtype::Bf16 => {
+            let values: &[bf16] = bytemuck::cast_slice(values);
+            for (x, values) in x.chunks(2).zip(values.chunks_exact(2 * PANEL)) {
                 for (parity, x) in x.iter().enumerate() {
                     let values = values[parity..].iter().step_by(2);
-                    let values = values.map(|bits| bf16::from_bits(*bits).to_f32());
                     sums.iter_mut()
                         .zip(values)
-                        .for_each(|(sum, value)| *sum += x * value);
+                        .for_each(|(sum, value)| *sum += x * value.to_f32());
                 }
             }
         }

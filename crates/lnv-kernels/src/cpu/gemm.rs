@@ -24,7 +24,7 @@ use crate::cpu::scratch::{Shared, with};
 use crate::cpu::simd::{Kernel, Simd};
 use crate::isa::Isa;
 use crate::ops::Epilogue;
-use crate::weight::{PANEL, Panels, Weight, WeightDtype};
+use crate::weight::{PANEL, Weight, WeightDtype};
 
 /// Bytes of a panel between two changes of tile: half the second-level cache stays for nothing
 /// else.
@@ -51,40 +51,18 @@ pub(crate) fn linear(
     finish: (Option<&Vector>, Epilogue),
     out: &mut Buffer,
 ) {
-    match w.panels() {
-        Panels::F32(panels) => {
-            product::<WideF32>(
-                isa,
-                x,
-                (w, bytemuck::cast_slice(panels.as_slice())),
-                finish,
-                out,
-            );
-        }
-        Panels::F16(panels) => {
-            product::<WideF16>(
-                isa,
-                x,
-                (w, bytemuck::cast_slice(panels.as_slice())),
-                finish,
-                out,
-            );
-        }
-        Panels::Bf16(panels) => {
-            let bytes = bytemuck::cast_slice(panels.as_slice());
-            if isa == Isa::Avx512Bf16 {
-                product::<DotBf16>(isa, x, (w, bytes), finish, out);
-            } else {
-                product::<WideBf16>(isa, x, (w, bytes), finish, out);
-            }
-        }
+    match w.dtype() {
+        WeightDtype::F32 => product::<WideF32>(isa, x, w, finish, out),
+        WeightDtype::F16 => product::<WideF16>(isa, x, w, finish, out),
+        WeightDtype::Bf16 if isa == Isa::Avx512Bf16 => product::<DotBf16>(isa, x, w, finish, out),
+        WeightDtype::Bf16 => product::<WideBf16>(isa, x, w, finish, out),
     }
 }
 
 fn product<F: Format>(
     isa: Isa,
     x: &Buffer,
-    (w, bytes): (&Weight, &[u8]),
+    w: &Weight,
     (bias, then): (Option<&Vector>, Epilogue),
     out: &mut Buffer,
 ) {
@@ -112,7 +90,7 @@ fn product<F: Format>(
         let product = Product {
             plan: &plan,
             packed,
-            panels: bytes,
+            panels: w.packed_bytes(),
             bias,
             then,
             out,

@@ -34,6 +34,16 @@ pub enum KernelError {
         /// Bytes that were given.
         found: usize,
     },
+    /// A row of a weight is too long for the integer sums of its type.
+    #[error(
+        "a weight of rows of {k} values cannot be 8-bit (at most {limit}); choose another type"
+    )]
+    WeightDepth {
+        /// Values in a row.
+        k: usize,
+        /// The most that there may be.
+        limit: usize,
+    },
     /// The bytes of a packed weight are not as many as its shape takes.
     #[error(
         "a packed weight of {n} rows of {k} values takes {expected} bytes, but there are {found}; \

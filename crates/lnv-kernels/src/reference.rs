@@ -6,6 +6,8 @@
 //! without FMA). Only attention differs in kind from its fast twins: whole softmax rows here,
 //! blocks there. Shapes were checked by [`crate::Ops`].
 
+mod quantised;
+
 use half::{bf16, f16};
 
 use crate::buffer::{Buffer, Vector};
@@ -43,7 +45,7 @@ pub(crate) fn linear(
     }
 }
 
-/// One row times a panel: 32 sums, each one ascending chain over k.
+/// One row times a panel: 32 sums over k, of floats each one ascending chain.
 fn panel_product(x: &[f32], w: &Weight, panel: usize) -> [f32; PANEL] {
     let mut sums = [0.0; PANEL];
     let values = w.panel(panel);
@@ -75,6 +77,8 @@ fn panel_product(x: &[f32], w: &Weight, panel: usize) -> [f32; PANEL] {
                 }
             }
         }
+        WeightDtype::Q8 => return quantised::q8_product(x, values),
+        WeightDtype::Q4 => return quantised::q4_product(x, values),
     }
     sums
 }

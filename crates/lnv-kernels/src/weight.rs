@@ -6,12 +6,14 @@
 //! everything that their columns need (scales too), so a weight is one stream of bytes: it can be
 //! written to a file as it is and mapped back ([`Weight::packed_bytes`], [`Weight::from_packed`]).
 //! The last panel is padded with zero columns. The order inside a panel is each format's own affair:
-//! `float.rs`.
+//! `float.rs`, `q8.rs`, `q4.rs`.
 //!
 //! Refused: keeping a second, row-major copy. A row (an embedding) is gathered out of its panel.
 
 mod float;
 mod packed;
+pub(crate) mod q4;
+pub(crate) mod q8;
 
 use rayon::prelude::*;
 
@@ -32,6 +34,12 @@ pub enum WeightDtype {
     Bf16,
     /// IEEE half precision.
     F16,
+    /// 8-bit integers with one f32 scale for each output; activations are rounded to 8-bit integers
+    /// row by row. k at most 131072.
+    Q8,
+    /// 4-bit integers with an f16 scale for every 64 values of k of an output; activations as with
+    /// [`WeightDtype::Q8`].
+    Q4,
 }
 
 /// Little-endian values as they lie in a checkpoint, at any alignment.
@@ -102,13 +110,14 @@ impl Weight {
     /// dtype. They are used as they are, from where they lie.
     ///
     /// # Errors
-    /// The number of bytes is not [`packed_len`].
+    /// The number of bytes is not [`packed_len`]; k is larger than the type allows.
     pub fn from_packed(
         n: usize,
         k: usize,
         dtype: WeightDtype,
         packed: PackedBytes,
     ) -> Result<Weight, KernelError> {
+        check_depth(k, dtype)?;
         let (expected, found) = (packed_len(n, k, dtype), packed.len());
         if found != expected {
             return Err(KernelError::PackedSize {
@@ -161,7 +170,11 @@ impl Weight {
     /// Writes row `n` of the matrix, widened to f32, to `out` (`[k]`).
     pub(crate) fn read_row(&self, n: usize, out: &mut [f32]) {
         let (panel, column) = (self.panel(n / PANEL), n % PANEL);
-        float::read_column(self.dtype, panel, column, out);
+        match self.dtype {
+            WeightDtype::Q8 => q8::read_column(panel, column, out),
+            WeightDtype::Q4 => q4::read_column(panel, column, out),
+            dtype => float::read_column(dtype, panel, column, out),
+        }
     }
 
     /// Packs the parts, concatenated along n.
@@ -170,6 +183,7 @@ impl Weight {
         k: usize,
         dtype: WeightDtype,
     ) -> Result<Weight, KernelError> {
+        check_depth(k, dtype)?;
         for part in parts {
             let expected = part.n * k * part.data.value_size();
             let found = part.data.bytes().len();
@@ -191,7 +205,11 @@ impl Weight {
             .enumerate();
         panels.for_each(|(index, panel)| {
             let columns: Columns<'_> = std::array::from_fn(|c| source.row(index * PANEL + c));
-            float::pack_panel(dtype, &columns, k, panel);
+            match dtype {
+                WeightDtype::Q8 => q8::pack_panel(&columns, k, panel),
+                WeightDtype::Q4 => q4::pack_panel(&columns, k, panel),
+                dtype => float::pack_panel(dtype, &columns, k, panel),
+            }
         });
         Weight::from_packed(n, k, dtype, PackedBytes::own(packed))
     }
@@ -208,12 +226,24 @@ pub fn packed_len(n: usize, k: usize, dtype: WeightDtype) -> usize {
     n.div_ceil(PANEL).saturating_mul(panel_len(k, dtype))
 }
 
+fn check_depth(k: usize, dtype: WeightDtype) -> Result<(), KernelError> {
+    if dtype == WeightDtype::Q8 && k > q8::MAX_K {
+        return Err(KernelError::WeightDepth {
+            k,
+            limit: q8::MAX_K,
+        });
+    }
+    Ok(())
+}
+
 /// Bytes of a panel: a multiple of 64.
 fn panel_len(k: usize, dtype: WeightDtype) -> usize {
     let column = match dtype {
         WeightDtype::F32 => k.saturating_mul(4),
         WeightDtype::F16 => k.saturating_mul(2),
         WeightDtype::Bf16 => k.saturating_add(k % 2).saturating_mul(2),
+        WeightDtype::Q8 => return q8::panel_len(k),
+        WeightDtype::Q4 => return q4::panel_len(k),
     };
     column.saturating_mul(PANEL)
 }

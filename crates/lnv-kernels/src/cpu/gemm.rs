@@ -56,6 +56,9 @@ pub(crate) fn linear(
         WeightDtype::F16 => product::<WideF16>(isa, x, w, finish, out),
         WeightDtype::Bf16 if isa == Isa::Avx512Bf16 => product::<DotBf16>(isa, x, w, finish, out),
         WeightDtype::Bf16 => product::<WideBf16>(isa, x, w, finish, out),
+        WeightDtype::Q8 | WeightDtype::Q4 => {
+            crate::reference::linear(x, w, finish.0, finish.1, out);
+        }
     }
 }
 
@@ -459,6 +462,10 @@ pub(crate) fn spin(isa: Isa, dtype: WeightDtype, times: usize) -> Spun {
         WeightDtype::F16 => Spin::<WideF16>::run_on(isa, times),
         WeightDtype::Bf16 if isa == Isa::Avx512Bf16 => Spin::<DotBf16>::run_on(isa, times),
         WeightDtype::Bf16 => Spin::<WideBf16>::run_on(isa, times),
+        WeightDtype::Q8 | WeightDtype::Q4 => Spun {
+            operations: 0,
+            sum: 0.0,
+        },
     }
 }
 

@@ -131,8 +131,19 @@ fn pack_bf16(columns: &Columns<'_>, range: Range<usize>, panel: &mut [u16]) {
     }
 }
 
+/// A row as f32.
+pub(super) fn widen_row(data: &WeightData<'_>, row: &mut [f32]) {
+    let k = row.len();
+    let mut line = [0.0; K_BLOCK];
+    for (block, row) in row.chunks_mut(K_BLOCK).enumerate() {
+        let start = block * K_BLOCK;
+        widen(data, &(start..k.min(start + K_BLOCK)), &mut line);
+        row.copy_from_slice(&line[..row.len()]);
+    }
+}
+
 /// Values `range` of a row as f32.
-pub(super) fn widen(data: &WeightData<'_>, range: &Range<usize>, line: &mut [f32; K_BLOCK]) {
+fn widen(data: &WeightData<'_>, range: &Range<usize>, line: &mut [f32; K_BLOCK]) {
     let size = data.value_size();
     let bytes = &data.bytes()[range.start * size..range.end * size];
     let half = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]);

@@ -7,7 +7,8 @@
 use lnv_kernels::{AttentionShape, Buffer, Epilogue, Heads, KvCache, Ops, Span, Weight};
 
 use super::batch::{Batch, DecoderOutput, Keep, Taps};
-use super::layers::{Linear, Loader, RmsNorm};
+use super::layers::{Linear, RmsNorm};
+use super::loader::Loader;
 use crate::config::TextConfig;
 use crate::error::Result;
 

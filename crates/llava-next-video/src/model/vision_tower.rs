@@ -4,9 +4,10 @@
 //! but one, so CLIP's 24th layer costs nothing. The final LayerNorm feeds a pooled output that this
 //! model never reads; it is not loaded. Pictures of another size than `image_size` are refused.
 
-use lnv_kernels::{Buffer, Epilogue, Heads, Ops, PatchGeometry, Vector, WeightPart};
+use lnv_kernels::{Buffer, Epilogue, Heads, Ops, PatchGeometry, Vector};
 
-use super::layers::{LayerNorm, Linear, Loader};
+use super::layers::{LayerNorm, Linear};
+use super::loader::Loader;
 use crate::config::{LlavaNextVideoConfig, SelectStrategy, VisionConfig};
 use crate::error::{Error, Result};
 use crate::media::ImageSize;
@@ -278,11 +279,7 @@ fn load_patch_embedding(loader: &Loader<'_>, vision: &VisionConfig) -> Result<Li
     const NAME: &str = "vision_tower.embeddings.patch_embedding";
     let (d, p) = (vision.hidden_size, vision.patch_size);
     let shape = [d, vision.num_channels, p, p];
-    let data = loader
-        .checkpoint
-        .tensor(&format!("{NAME}.weight"), &shape)?;
-    let k = vision.num_channels * p * p;
-    let weight = loader.pack(&[WeightPart { data, n: d }], k)?;
+    let weight = loader.reshaped(&format!("{NAME}.weight"), &shape, None)?;
     let bias = match vision.has_class_token() {
         true => None,
         false => Some(loader.vector(&format!("{NAME}.bias"), d)?),

@@ -20,5 +20,6 @@ pub use forward::{
     ForwardInputs, ForwardOptions, ForwardOutput, ForwardSource, IGNORE_INDEX, LogitsToKeep,
     PastKeyValues, Values,
 };
+pub use language_model::{default_kv_dtype, kv_bytes_per_token};
 pub use llava_next_video::{EmbeddedRow, InputsEmbeds, LlavaNextVideoModel, LoadOptions};
 pub use weights::Checkpoint;

@@ -13,7 +13,7 @@ use anyhow::{Result, bail};
 use llava_next_video::config::{Dtype, GenerationConfig, LlavaNextVideoConfig, TextConfig};
 use llava_next_video::engine::{Engine, Event, GenerationOptions};
 use llava_next_video::media::{FrameSampling, ImageSize};
-use llava_next_video::model::{Checkpoint, LlavaNextVideoModel, LoadOptions};
+use llava_next_video::model::{Checkpoint, LlavaNextVideoModel, LoadOptions, kv_bytes_per_token};
 use llava_next_video::processor::conversation::{
     Content, Conversation, MediaSource, Message, Role,
 };
@@ -120,6 +120,7 @@ fn load(args: &BenchArgs, options: &RunOptions) -> Result<LlavaNextVideoModel> {
             let spinner = progress::spinner("making random weights");
             let load = LoadOptions {
                 dtype: Some(dtype),
+                kv_cache_dtype: options.kv_cache_dtype,
                 device: options.device,
                 rope: options.rope.map(|rope| (rope, args.frames)),
                 progress: None,
@@ -215,6 +216,7 @@ fn measure(model: LlavaNextVideoModel, args: &BenchArgs) -> Result<Measured> {
     let inputs = inputs(&config, args.frames);
     let tokens = inputs.input_ids[0].len();
     let vision_needed = vision_flops(&model, args.frames);
+    let kv_dtype = model.language_model().kv_dtype();
     let decode_weights = model.language_model().bytes().1 as f64;
     let mut engine = Engine::new(Arc::new(model), GenerationConfig::default());
     let options = GenerationOptions {
@@ -243,8 +245,7 @@ fn measure(model: LlavaNextVideoModel, args: &BenchArgs) -> Result<Measured> {
     }
     bar.finish_and_clear();
     let text = &config.text_config;
-    // Keys and values are kept in f32.
-    let kv = (2 * 4 * text.num_key_value_heads * text.head_dim * text.num_hidden_layers) as f64;
+    let kv = kv_bytes_per_token(text, kv_dtype) as f64;
     Ok(Measured {
         dtype,
         vision: Stage {

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use llava_next_video::config::{GenerationConfig, LlavaNextVideoConfig};
 use llava_next_video::engine::context_length;
-use llava_next_video::model::Checkpoint;
+use llava_next_video::model::{Checkpoint, default_kv_dtype, kv_bytes_per_token};
 use serde_json::json;
 
 use crate::args::{Format, InspectArgs};
@@ -39,6 +39,7 @@ impl Facts {
     fn new(name: &str, config: &LlavaNextVideoConfig, weights: &Checkpoint) -> Self {
         let tensors = weights.tensors();
         let text = &config.text_config;
+        let kv_dtype = default_kv_dtype(weights.stored_dtype());
         let mut dtypes: Vec<(String, usize)> = Vec::new();
         for tensor in &tensors {
             match dtypes.iter_mut().find(|(dtype, _)| *dtype == tensor.dtype) {
@@ -57,11 +58,7 @@ impl Facts {
                 .filter(|t| read(&t.name))
                 .map(|t| t.bytes)
                 .sum(),
-            kv_bytes_per_token: 2
-                * 4
-                * text.num_key_value_heads
-                * text.head_dim
-                * text.num_hidden_layers,
+            kv_bytes_per_token: kv_bytes_per_token(text, kv_dtype),
             dtypes,
             shards: weights.shards(),
             unread: tensors

@@ -11,9 +11,11 @@ use llava_next_video::config::{
 use llava_next_video::engine::{EarlyStopping, GenerationOptions, Sampling};
 use llava_next_video::media::FrameSampling;
 use llava_next_video::model::{LlavaNextVideoModel, LoadOptions};
-use lnv_kernels::Device;
+use lnv_kernels::{Device, KvDtype};
 
-use crate::args::{DtypeArg, EarlyStoppingArg, FrameArgs, GenerationArgs, QuantizeArg, RunArgs};
+use crate::args::{
+    DtypeArg, EarlyStoppingArg, FrameArgs, GenerationArgs, KvDtypeArg, QuantizeArg, RunArgs,
+};
 use crate::progress::{Unit, bar, note};
 
 /// Frames of a video when nothing else is said.
@@ -35,6 +37,8 @@ pub struct Loaded {
 pub struct RunOptions {
     /// Type of the weights.
     pub dtype: Option<Dtype>,
+    /// Type of the keys and values.
+    pub kv_cache_dtype: Option<KvDtype>,
     /// Where to compute.
     pub device: Device,
     /// Rotary scaling.
@@ -59,6 +63,7 @@ impl RunOptions {
         }
         Ok(Self {
             dtype: dtype(args.dtype),
+            kv_cache_dtype: kv_dtype(args.kv_cache_dtype),
             device: Device::from_str(&args.device).map_err(|e| anyhow!("{e}"))?,
             rope: args
                 .rope_scaling
@@ -83,6 +88,7 @@ impl RunOptions {
         };
         let options = LoadOptions {
             dtype: self.dtype,
+            kv_cache_dtype: self.kv_cache_dtype,
             device: self.device,
             rope: self.rope.map(|rope| (rope, frames)),
             progress: Some(&report),
@@ -102,6 +108,15 @@ fn dtype(arg: DtypeArg) -> Option<Dtype> {
         DtypeArg::F32 => Some(Dtype::F32),
         DtypeArg::Bf16 => Some(Dtype::Bf16),
         DtypeArg::F16 => Some(Dtype::F16),
+    }
+}
+
+fn kv_dtype(arg: KvDtypeArg) -> Option<KvDtype> {
+    match arg {
+        KvDtypeArg::Auto => None,
+        KvDtypeArg::F32 => Some(KvDtype::F32),
+        KvDtypeArg::Bf16 => Some(KvDtype::Bf16),
+        KvDtypeArg::Int8 => Some(KvDtype::Int8),
     }
 }
 

@@ -1,10 +1,10 @@
 //! `LlavaNextVideoModel` and `LlavaNextVideoForConditionalGeneration`: all towers together, weights and
 //! arithmetic only. What a request is, how long it may run and which token is picked is the engine's.
 
-use lnv_kernels::{Buffer, Device, KvCache, Ops, Vector};
+use lnv_kernels::{Buffer, Device, KvCache, KvDtype, Ops, Vector};
 
 use super::batch::{Batch, DecoderOutput, Keep, Taps};
-use super::language_model::{LanguageModel, OnLayer};
+use super::language_model::{LanguageModel, OnLayer, default_kv_dtype};
 use super::layers::Loader;
 use super::merge::{Placeholders, check_counts, placeholder_positions};
 use super::pack::{PackedRow, packed_rows};
@@ -23,6 +23,8 @@ use crate::processor::inputs::{ImageInput, ModelInputs, Pixels, VideoInput};
 pub struct LoadOptions<'a> {
     /// The type that matrices are kept and multiplied in; `None` for the stored one (`auto`).
     pub dtype: Option<Dtype>,
+    /// The type that keys and values are kept in; `None` for f32 with f32 weights, else bf16.
+    pub kv_cache_dtype: Option<KvDtype>,
     /// Where to compute.
     pub device: Device,
     /// Rotary scaling instead of the configuration's, and the frames that `auto` is to reckon with.
@@ -35,6 +37,7 @@ impl Default for LoadOptions<'_> {
     fn default() -> Self {
         Self {
             dtype: None,
+            kv_cache_dtype: None,
             device: Device::Cpu,
             rope: None,
             progress: None,
@@ -130,13 +133,15 @@ impl LlavaNextVideoModel {
             progress: &progress,
         };
         let d = config.text_config.hidden_size;
+        let kv_dtype = options.kv_cache_dtype;
+        let kv_dtype = kv_dtype.unwrap_or_else(|| default_kv_dtype(dtype));
         Ok(Self {
             dtype,
             vision_tower: VisionTower::load(&loader, &config)?,
             vision_resampler: Pooler::load(&loader, &config)?,
             multi_modal_projector: MultiModalProjector::load(&loader, &config)?,
             image_newline: loader.vector("image_newline", d)?,
-            language_model: LanguageModel::load(&loader, &config.text_config)?,
+            language_model: LanguageModel::load(&loader, &config.text_config, kv_dtype)?,
             ops,
             config,
         })

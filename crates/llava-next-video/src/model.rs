@@ -24,6 +24,7 @@ pub use forward::{
     ForwardInputs, ForwardOptions, ForwardOutput, ForwardSource, IGNORE_INDEX, LogitsToKeep,
     PastKeyValues, Values,
 };
+pub use language_model::{default_kv_dtype, kv_bytes_per_token};
 pub use llava_next_video::{EmbeddedRow, InputsEmbeds, LlavaNextVideoModel, LoadOptions, OnBytes};
 pub use loader::PlannedWeight;
 pub use save::Repacking;

@@ -74,6 +74,10 @@ pub struct RunArgs {
     #[arg(long, value_enum, default_value_t = DtypeArg::Auto, hide_possible_values = true,
           value_name = "auto|f32|bf16|f16", hide_default_value = true)]
     pub dtype: DtypeArg,
+    /// Type of the keys and values in memory; auto is f32 with f32 weights, else bf16.
+    #[arg(long, value_enum, default_value_t = KvDtypeArg::Auto, hide_possible_values = true,
+          value_name = "auto|f32|bf16|int8", hide_default_value = true)]
+    pub kv_cache_dtype: KvDtypeArg,
     /// Quantise the weights when loading.
     #[arg(
         long,
@@ -101,6 +105,19 @@ pub enum DtypeArg {
     Bf16,
     /// Half precision.
     F16,
+}
+
+/// `--kv-cache-dtype`.
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvDtypeArg {
+    /// As the weights' type demands.
+    Auto,
+    /// 32-bit floats.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// 8-bit integers with a scale for each token and head.
+    Int8,
 }
 
 /// `--quantize`.

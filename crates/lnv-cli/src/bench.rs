@@ -17,7 +17,7 @@ use anyhow::{Result, bail};
 use llava_next_video::config::{GenerationConfig, LlavaNextVideoConfig, TextConfig};
 use llava_next_video::engine::{Engine, Event, GenerationOptions};
 use llava_next_video::media::{FrameSampling, ImageSize};
-use llava_next_video::model::{Checkpoint, Formats, LlavaNextVideoModel};
+use llava_next_video::model::{Checkpoint, Formats, LlavaNextVideoModel, kv_bytes_per_token};
 use llava_next_video::processor::conversation::{
     Content, Conversation, MediaSource, Message, Role,
 };
@@ -254,10 +254,10 @@ fn measure(model: LlavaNextVideoModel, formats: Formats, args: &BenchArgs) -> Re
     })
 }
 
-/// Bytes of the keys and values of a token, which are kept in f32.
+/// Bytes of the keys and values of a token.
 fn kv_bytes(model: &LlavaNextVideoModel) -> f64 {
-    let text = &model.config().text_config;
-    (2 * 4 * text.num_key_value_heads * text.head_dim * text.num_hidden_layers) as f64
+    let kv_dtype = model.language_model().kv_dtype();
+    kv_bytes_per_token(&model.config().text_config, kv_dtype) as f64
 }
 
 /// Seconds of the stages, the best of several runs.

@@ -4,7 +4,8 @@ use anyhow::Result;
 use llava_next_video::config::{GenerationConfig, LlavaNextVideoConfig, Quantization};
 use llava_next_video::engine::context_length;
 use llava_next_video::model::{
-    Checkpoint, Formats, LlavaNextVideoModel, LoadOptions, Part, PlannedWeight,
+    Checkpoint, Formats, LlavaNextVideoModel, LoadOptions, Part, PlannedWeight, default_kv_dtype,
+    kv_bytes_per_token,
 };
 use lnv_kernels::WeightDtype;
 use serde_json::json;
@@ -55,6 +56,7 @@ impl Facts {
         let formats = Formats::choose(config, weights, &LoadOptions::default())?;
         let plan = LlavaNextVideoModel::plan(config, formats)?;
         let text = &config.text_config;
+        let kv_dtype = default_kv_dtype(formats.dtype);
         let mut dtypes: Vec<(String, usize)> = Vec::new();
         for tensor in &tensors {
             match dtypes.iter_mut().find(|(dtype, _)| *dtype == tensor.dtype) {
@@ -76,11 +78,7 @@ impl Facts {
             parts: parts(&plan, &formats),
             choices: choices(config, weights)?,
             formats,
-            kv_bytes_per_token: 2
-                * 4
-                * text.num_key_value_heads
-                * text.head_dim
-                * text.num_hidden_layers,
+            kv_bytes_per_token: kv_bytes_per_token(text, kv_dtype),
             dtypes,
             shards: weights.shards(),
             unread: tensors

@@ -11,9 +11,11 @@ use llava_next_video::config::{
 use llava_next_video::engine::{EarlyStopping, GenerationOptions, Sampling};
 use llava_next_video::media::FrameSampling;
 use llava_next_video::model::{Checkpoint, LlavaNextVideoModel, LoadOptions};
-use lnv_kernels::Device;
+use lnv_kernels::{Device, KvDtype};
 
-use crate::args::{DtypeArg, EarlyStoppingArg, FrameArgs, GenerationArgs, QuantizeArg, RunArgs};
+use crate::args::{
+    DtypeArg, EarlyStoppingArg, FrameArgs, GenerationArgs, KvDtypeArg, QuantizeArg, RunArgs,
+};
 use crate::progress::{Unit, bar, note};
 
 /// Frames of a video when nothing else is said.
@@ -37,6 +39,8 @@ pub struct RunOptions {
     pub dtype: Option<Dtype>,
     /// How the others are quantised.
     pub quantization: Option<Quantization>,
+    /// Type of the keys and values.
+    pub kv_cache_dtype: Option<KvDtype>,
     /// Where to compute.
     pub device: Device,
     /// Rotary scaling.
@@ -49,6 +53,7 @@ impl RunOptions {
         Ok(Self {
             dtype: dtype(args.dtype),
             quantization: args.quantize.map(quantization).transpose()?,
+            kv_cache_dtype: kv_dtype(args.kv_cache_dtype),
             device: Device::from_str(&args.device).map_err(|e| anyhow!("{e}"))?,
             rope: args
                 .rope_scaling
@@ -104,6 +109,7 @@ impl RunOptions {
         LoadOptions {
             dtype: self.dtype,
             quantization: self.quantization,
+            kv_cache_dtype: self.kv_cache_dtype,
             device: self.device,
             rope: self.rope.map(|rope| (rope, frames)),
             progress: None,
@@ -131,6 +137,15 @@ pub fn quantization(arg: QuantizeArg) -> Result<Quantization> {
         QuantizeArg::Int8 => "int8",
     };
     bail!("{name} is not available in this version: use q8 or q4")
+}
+
+fn kv_dtype(arg: KvDtypeArg) -> Option<KvDtype> {
+    match arg {
+        KvDtypeArg::Auto => None,
+        KvDtypeArg::F32 => Some(KvDtype::F32),
+        KvDtypeArg::Bf16 => Some(KvDtype::Bf16),
+        KvDtypeArg::Int8 => Some(KvDtype::Int8),
+    }
 }
 
 /// Which frames to take.

@@ -310,12 +310,11 @@ pub(crate) fn rope_write_kv(
         rotated
             .chunks_exact_mut(head_dim)
             .for_each(|head| rotate(head, angles));
-        let keys = &rotated[q_heads * head_dim..];
-        for (i, (key, value)) in keys.iter().zip(values.iter()).enumerate() {
-            let (kv_head, d, offset) = (i / head_dim, i % head_dim, slot.offset as usize);
-            let start = (slot.block as usize * kv_heads + kv_head) * heads.block_len();
-            cache.keys.as_mut_slice()[start + d * KV_BLOCK + offset] = *key;
-            cache.values.as_mut_slice()[start + offset * head_dim + d] = *value;
+        let keys = rotated[q_heads * head_dim..].chunks_exact(head_dim);
+        for (kv_head, (key, value)) in keys.zip(values.chunks_exact(head_dim)).enumerate() {
+            let form = cache.record;
+            let record = cache.record_mut(slot.block, kv_head);
+            form.write(record, slot.offset as usize, key, value);
         }
     }
 }
@@ -349,20 +348,19 @@ pub(crate) fn paged_attention(
             let (head, i) = (index / span.q_len, index % span.q_len);
             let q = (span.q_start + i) * cols + head * head_dim;
             let visible = visible_keys(span, i, shape.window);
-            let block = |j: usize| (span.blocks[j / KV_BLOCK], head / shared);
+            let (form, kv_head) = (cache.record, head / shared);
+            let record = |j: usize| cache.record(span.blocks[j / KV_BLOCK], kv_head);
             softmax(&mut row[visible.clone()], shape.scale, |j| {
                 let j = visible.start + j;
-                let (block, kv_head) = block(j);
-                let keys = cache.key_block(&shape.heads, block, kv_head)[j % KV_BLOCK..].iter();
-                dot(&qkv.host()[q..q + head_dim], keys.step_by(KV_BLOCK))
+                let key = (0..head_dim).map(|i| form.key(record(j), j % KV_BLOCK, i));
+                dot(&qkv.host()[q..q + head_dim], key)
             });
             let start = (span.q_start + i) * out_cols + head * head_dim;
             let out = &mut out.host_mut()[start..start + head_dim];
             out.fill(0.0);
             for j in visible {
-                let (block, kv_head) = block(j);
-                let values = cache.value_block(&shape.heads, block, kv_head);
-                add_scaled(out, row[j], &values[j % KV_BLOCK * head_dim..]);
+                let value = (0..head_dim).map(|i| form.value(record(j), j % KV_BLOCK, i));
+                add_scaled(out, row[j], value);
             }
         }
         all.push(weights);
@@ -392,11 +390,15 @@ pub(crate) fn full_attention(qkv: &Buffer, len: usize, heads: Heads, scale: f32,
             let q = &segment[row % len * cols + head * d..][..d];
             let kv_head = head / shared * d;
             softmax(&mut weights, scale, |j| {
-                dot(q, &segment[j * cols + keys_at + kv_head..][..d])
+                dot(
+                    q,
+                    segment[j * cols + keys_at + kv_head..][..d].iter().copied(),
+                )
             });
             out.fill(0.0);
             for (j, weight) in weights.iter().enumerate() {
-                add_scaled(out, *weight, &segment[j * cols + values_at + kv_head..]);
+                let value = &segment[j * cols + values_at + kv_head..][..d];
+                add_scaled(out, *weight, value.iter().copied());
             }
         }
     }
@@ -414,11 +416,11 @@ fn softmax(row: &mut [f32], scale: f32, score: impl Fn(usize) -> f32) {
     row.iter_mut().for_each(|value| *value /= sum);
 }
 
-fn dot<'a>(a: &[f32], b: impl IntoIterator<Item = &'a f32>) -> f32 {
+fn dot(a: &[f32], b: impl Iterator<Item = f32>) -> f32 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-fn add_scaled(out: &mut [f32], scale: f32, row: &[f32]) {
+fn add_scaled(out: &mut [f32], scale: f32, row: impl Iterator<Item = f32>) {
     out.iter_mut()
         .zip(row)
         .for_each(|(out, value)| *out += scale * value);

@@ -3,11 +3,11 @@
 
 use std::cell::{Cell, RefCell};
 
-use lnv_kernels::{Buffer, Device, KvCache, Ops, Vector};
+use lnv_kernels::{Buffer, Device, KvCache, KvDtype, Ops, Vector};
 
 use super::batch::{Batch, DecoderOutput, Keep, Taps};
 use super::formats::Formats;
-use super::language_model::{LanguageModel, OnLayer};
+use super::language_model::{LanguageModel, OnLayer, default_kv_dtype};
 use super::loader::{Loader, Loading, PlannedWeight, Sink};
 use super::merge::{Placeholders, check_counts, placeholder_positions};
 use super::pack::{PackedRow, packed_rows};
@@ -29,6 +29,8 @@ pub struct LoadOptions<'a> {
     pub dtype: Option<Dtype>,
     /// Quantise the weights while loading; `None` leaves them as they are stored.
     pub quantization: Option<Quantization>,
+    /// The type that keys and values are kept in; `None` for f32 with f32 weights, else bf16.
+    pub kv_cache_dtype: Option<KvDtype>,
     /// Where to compute.
     pub device: Device,
     /// Rotary scaling instead of the configuration's, and the frames that `auto` is to reckon with.
@@ -45,6 +47,7 @@ impl Default for LoadOptions<'_> {
         Self {
             dtype: None,
             quantization: None,
+            kv_cache_dtype: None,
             device: Device::Cpu,
             rope: None,
             progress: None,
@@ -70,14 +73,19 @@ struct Weights {
 }
 
 impl Weights {
-    fn load(loader: &Loader<'_>, config: &LlavaNextVideoConfig) -> Result<Self> {
+    fn load(
+        loader: &Loader<'_>,
+        config: &LlavaNextVideoConfig,
+        kv_dtype: Option<KvDtype>,
+    ) -> Result<Self> {
+        let kv_dtype = kv_dtype.unwrap_or_else(|| default_kv_dtype(loader.dtype()));
         let d = config.text_config.hidden_size;
         Ok(Self {
             vision_tower: VisionTower::load(loader, config)?,
             vision_resampler: Pooler::load(loader, config)?,
             multi_modal_projector: MultiModalProjector::load(loader, config)?,
             image_newline: loader.vector("image_newline", d)?,
-            language_model: LanguageModel::load(loader, &config.text_config)?,
+            language_model: LanguageModel::load(loader, &config.text_config, kv_dtype)?,
         })
     }
 }
@@ -146,7 +154,8 @@ impl LlavaNextVideoModel {
         if config.packed.is_some() {
             checkpoint.read_in_background();
         }
-        let weights = load_weights(&config, checkpoint, (&ops, formats), options.progress, None)?;
+        let how = (&ops, formats, options.kv_cache_dtype);
+        let weights = load_weights(&config, checkpoint, how, options.progress, None)?;
         Ok(Self {
             weights,
             formats,
@@ -162,7 +171,7 @@ impl LlavaNextVideoModel {
     /// A dimension that no format takes.
     pub fn plan(config: &LlavaNextVideoConfig, formats: Formats) -> Result<Vec<PlannedWeight>> {
         let weights = RefCell::default();
-        Weights::load(&Loader::plan(formats, &weights), config)?;
+        Weights::load(&Loader::plan(formats, &weights), config, None)?;
         Ok(weights.into_inner())
     }
 
@@ -424,17 +433,18 @@ impl LlavaNextVideoModel {
 pub(super) fn write_weights(
     config: &LlavaNextVideoConfig,
     checkpoint: &Checkpoint,
-    packing: (&Ops, Formats),
+    (ops, formats): (&Ops, Formats),
     sink: Sink<'_>,
 ) -> Result<()> {
-    load_weights(config, checkpoint, packing, None, Some(sink)).map(drop)
+    let how = (ops, formats, None);
+    load_weights(config, checkpoint, how, None, Some(sink)).map(drop)
 }
 
 /// Loads all weights; with a sink, each goes there and the model that comes out is empty.
 fn load_weights(
     config: &LlavaNextVideoConfig,
     checkpoint: &Checkpoint,
-    (ops, formats): (&Ops, Formats),
+    (ops, formats, kv_dtype): (&Ops, Formats, Option<KvDtype>),
     progress: Option<OnBytes<'_>>,
     sink: Option<Sink<'_>>,
 ) -> Result<Weights> {
@@ -459,7 +469,7 @@ fn load_weights(
         }
     };
     let loading = Loading::new(ops, checkpoint, (plan, packed), &on_bytes);
-    Weights::load(&Loader::new(formats, &loading, sink), config)
+    Weights::load(&Loader::new(formats, &loading, sink), config, kv_dtype)
 }
 
 fn apply_rope(config: &mut LlavaNextVideoConfig, rope: Option<(RopeOverride, usize)>) {

@@ -239,6 +239,11 @@ impl<'a> Loader<'a> {
         Self { formats, work }
     }
 
+    /// The type of what is not quantised.
+    pub fn dtype(&self) -> Dtype {
+        self.formats.dtype
+    }
+
     /// The matrices `names`, each `(name, rows)` with `k` columns, packed one under the other.
     pub fn matrix(&self, names: &[(String, usize)], k: usize) -> Result<Weight> {
         let part = |(name, n): &(String, usize)| MatrixPart {

@@ -228,6 +228,9 @@ impl Checkpoint {
 
     /// The type that most bytes of the weights are stored in.
     pub fn stored_dtype(&self) -> Dtype {
+        if self.is_synthetic() {
+            return Dtype::Bf16;
+        }
         let mut bytes = [(Dtype::F32, 0), (Dtype::Bf16, 0), (Dtype::F16, 0)];
         for entry in self.entries.values() {
             let slot = match entry.dtype {

@@ -7,6 +7,7 @@ mod fields;
 mod files;
 mod generation;
 mod model;
+mod quantization;
 mod rope;
 mod text;
 mod vision;
@@ -17,6 +18,7 @@ pub(crate) use fields::kind;
 pub use files::{CheckpointFiles, MAX_JSON_BYTES};
 pub use generation::GenerationConfig;
 pub use model::{Dtype, LlavaNextVideoConfig, SelectStrategy, SpatialPoolMode, default_pinpoints};
+pub use quantization::{PACKED_VERSION, PackedFormat, Quantization};
 pub use rope::{
     LongRopeScaling, RopeConfig, RopeFrequencies, RopeOverride, RopeScaling, YarnScaling,
     linear_factor_for_frames, parse_rope_override,

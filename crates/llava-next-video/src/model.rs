@@ -5,20 +5,27 @@
 //! loading; no code here asks for it again. Knows no request, no text and no file other than weights.
 
 pub mod batch;
+pub mod formats;
 pub mod forward;
 pub mod language_model;
 pub mod layers;
 pub mod llava_next_video;
+pub mod loader;
 pub mod merge;
 pub mod pack;
 pub mod projector;
+pub mod save;
 pub mod vision_tower;
 pub mod weights;
 
 pub use batch::{Batch, BatchSpan, DecoderOutput, Keep, Taps};
+pub use formats::{Formats, Part};
 pub use forward::{
     ForwardInputs, ForwardOptions, ForwardOutput, ForwardSource, IGNORE_INDEX, LogitsToKeep,
     PastKeyValues, Values,
 };
-pub use llava_next_video::{EmbeddedRow, InputsEmbeds, LlavaNextVideoModel, LoadOptions};
+pub use language_model::{default_kv_dtype, kv_bytes_per_token};
+pub use llava_next_video::{EmbeddedRow, InputsEmbeds, LlavaNextVideoModel, LoadOptions, OnBytes};
+pub use loader::PlannedWeight;
+pub use save::Repacking;
 pub use weights::Checkpoint;

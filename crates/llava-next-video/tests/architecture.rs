@@ -25,7 +25,7 @@ const LAYERS: [&str; 7] = [
 const UNSAFE: [(&str, usize, &str); 2] = [
     (
         "crates/llava-next-video/src/model/weights.rs",
-        1,
+        2,
         "ARCHITECTURE.md",
     ),
     (

@@ -49,6 +49,8 @@ pub enum Command {
     /// Measure vision, prefill and decode against this machine's limits.
     #[command(allow_negative_numbers = true)]
     Bench(BenchArgs),
+    /// Write a checkpoint with quantised weights, which opens at once and takes less room.
+    Quantize(QuantizeArgs),
     /// Say what a checkpoint is and what loading it would take; reads no weights.
     Inspect(InspectArgs),
 }
@@ -68,10 +70,14 @@ pub struct ModelArgs {
 #[derive(Args, Debug, Clone)]
 #[command(next_help_heading = "Model")]
 pub struct RunArgs {
-    /// Type of the weights in memory; auto keeps the checkpoint's.
+    /// Type of the weights in memory; auto keeps the checkpoint's, and is bf16 beside q8 and q4.
     #[arg(long, value_enum, default_value_t = DtypeArg::Auto, hide_possible_values = true,
           value_name = "auto|f32|bf16|f16", hide_default_value = true)]
     pub dtype: DtypeArg,
+    /// Type of the keys and values in memory; auto is f32 with f32 weights, else bf16.
+    #[arg(long, value_enum, default_value_t = KvDtypeArg::Auto, hide_possible_values = true,
+          value_name = "auto|f32|bf16|int8", hide_default_value = true)]
+    pub kv_cache_dtype: KvDtypeArg,
     /// Quantise the weights when loading.
     #[arg(
         long,
@@ -99,6 +105,19 @@ pub enum DtypeArg {
     Bf16,
     /// Half precision.
     F16,
+}
+
+/// `--kv-cache-dtype`.
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvDtypeArg {
+    /// As the weights' type demands.
+    Auto,
+    /// 32-bit floats.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// 8-bit integers with a scale for each token and head.
+    Int8,
 }
 
 /// `--quantize`.
@@ -325,6 +344,12 @@ pub struct BenchArgs {
     /// Decode steps to time.
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub steps: usize,
+    /// Also time steps of this many rows at once.
+    #[arg(long, value_name = "N")]
+    pub batch: Option<usize>,
+    /// Tokens that each of these rows has in its context [default: the clip's].
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
     /// How to print the figures.
     #[arg(long, value_enum, default_value_t = Format::Text, hide_possible_values = true, value_name = "text|json")]
     pub format: Format,
@@ -346,6 +371,29 @@ pub enum Synthetic {
     B34,
     /// A few million parameters, for a quick look.
     Tiny,
+}
+
+/// `lnv quantize`.
+#[derive(Args, Debug)]
+pub struct QuantizeArgs {
+    /// Directory in Hugging Face layout, or a hub id; without it, the built-in demo model.
+    #[arg(long, short, value_name = "DIR|ID")]
+    pub model: Option<String>,
+    /// Format of the weights: q8 (8 bits), q4 (4 bits), or bitsandbytes' nf4, fp4, int8.
+    #[arg(
+        long,
+        value_enum,
+        hide_possible_values = true,
+        value_name = "q8|q4|nf4|fp4|int8"
+    )]
+    pub to: QuantizeArg,
+    /// Type of what is not quantised: embeddings, norms, projector.
+    #[arg(long, value_enum, default_value_t = DtypeArg::Auto, hide_possible_values = true,
+          value_name = "auto|f32|bf16|f16", hide_default_value = true)]
+    pub dtype: DtypeArg,
+    /// The directory to write; it must not be there yet, or be empty.
+    #[arg(long, value_name = "DIR")]
+    pub output: PathBuf,
 }
 
 /// `lnv inspect`.

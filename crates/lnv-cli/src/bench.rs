@@ -1,19 +1,23 @@
 //! `lnv bench`: each stage as time, rate and share of what this machine can do.
 //!
 //! The limits are measured in the same run, before the model is loaded: the arithmetic peak of the type
-//! in use on all cores, and the read bandwidth. A share counts only what the task needs (the vision
-//! layers that are read, no padding, the last layer's one row, no logits that nobody reads), so work
-//! that need not be done lowers it.
+//! in use on all cores, and the read bandwidth. The type in use is the one that products are computed
+//! in: 8-bit integers for q8 and q4. A share counts only what the task needs (the vision layers that
+//! are read, no padding, the last layer's one row, no logits that nobody reads), so work that need not
+//! be done lowers it; the bytes of a decode step are those that its weights have in memory.
+
+mod report;
+mod rows;
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use llava_next_video::config::{Dtype, GenerationConfig, LlavaNextVideoConfig, TextConfig};
+use llava_next_video::config::{GenerationConfig, LlavaNextVideoConfig, TextConfig};
 use llava_next_video::engine::{Engine, Event, GenerationOptions};
 use llava_next_video::media::{FrameSampling, ImageSize};
-use llava_next_video::model::{Checkpoint, LlavaNextVideoModel, LoadOptions};
+use llava_next_video::model::{Checkpoint, Formats, LlavaNextVideoModel, kv_bytes_per_token};
 use llava_next_video::processor::conversation::{
     Content, Conversation, MediaSource, Message, Role,
 };
@@ -27,7 +31,9 @@ use crate::args::{BenchArgs, Format, Synthetic};
 use crate::media::LoadedMedia;
 use crate::model::RunOptions;
 use crate::pipeline::Pipeline;
-use crate::{checkpoint, output, progress};
+use crate::{checkpoint, memory, output, progress};
+use report::Report;
+use rows::Rows;
 
 /// Text tokens beside the frames'.
 const TEXT_TOKENS: usize = 40;
@@ -56,24 +62,36 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     if args.frames == 0 || args.frames > 4096 || args.steps == 0 {
         bail!("--frames must be from 1 to 4096 and --steps at least 1");
     }
+    if args.batch.is_some_and(|rows| !(1..=1024).contains(&rows)) {
+        bail!("--batch must be from 1 to 1024");
+    }
+    if args
+        .context
+        .is_some_and(|tokens| !(1..=1 << 20).contains(&tokens))
+    {
+        bail!("--context must be from 1 to {}", 1 << 20);
+    }
     let media_s = args
         .video
         .as_deref()
         .map(|path| media_seconds(path, args))
         .transpose()?;
-    let start = Instant::now();
-    let model = load(args, &options)?;
-    let load_s = start.elapsed().as_secs_f64();
-    let limits = Limits::measure(&model, options.device)?;
-    let measured = measure(model, args)?;
-    let first_token_s =
-        load_s + media_s.unwrap_or(0.0) + measured.vision.seconds + measured.prefill.seconds;
+    let opening = Instant::now();
+    let (config, checkpoint) = open(args)?;
+    let load_options = options.load_options(args.frames);
+    let formats = Formats::choose(&config, &checkpoint, &load_options)?;
+    let opening = opening.elapsed().as_secs_f64();
+    let limits = Limits::measure(&formats, options.device)?;
+    memory::reset_peak();
+    let loaded = options.load_from(config, &checkpoint, args.frames)?;
+    drop(checkpoint);
+    let measured = measure(loaded.model, formats, args)?;
     let report = Report {
-        load_s,
+        load_s: opening + loaded.seconds,
         media_s,
-        first_token_s,
         limits,
         measured,
+        peak_rss_bytes: memory::peak(),
     };
     match args.format {
         Format::Json => output::line(&report.json().to_string()),
@@ -107,29 +125,15 @@ fn media_seconds(path: &std::path::Path, args: &BenchArgs) -> Result<f64> {
     Ok(seconds)
 }
 
-fn load(args: &BenchArgs, options: &RunOptions) -> Result<LlavaNextVideoModel> {
-    match args.synthetic {
-        None => {
-            let files = checkpoint::open(args.model.as_deref())?;
-            let config = LlavaNextVideoConfig::read(&files)?;
-            Ok(options.load(config, &files, args.frames)?.model)
-        }
-        Some(synthetic) => {
-            let config = synthetic_config(synthetic, args.text_layers)?;
-            let dtype = options.dtype.unwrap_or(Dtype::Bf16);
-            let spinner = progress::spinner("making random weights");
-            let load = LoadOptions {
-                dtype: Some(dtype),
-                device: options.device,
-                rope: options.rope.map(|rope| (rope, args.frames)),
-                progress: None,
-            };
-            let checkpoint = Checkpoint::synthetic(&config);
-            let model = LlavaNextVideoModel::from_checkpoint(config, &checkpoint, &load);
-            spinner.finish_and_clear();
-            Ok(model?)
-        }
-    }
+fn open(args: &BenchArgs) -> Result<(LlavaNextVideoConfig, Checkpoint)> {
+    let Some(synthetic) = args.synthetic else {
+        let files = checkpoint::open(args.model.as_deref())?;
+        let config = LlavaNextVideoConfig::read(&files)?;
+        return Ok((config, Checkpoint::open(&files)?));
+    };
+    let config = synthetic_config(synthetic, args.text_layers)?;
+    let checkpoint = Checkpoint::synthetic(&config);
+    Ok((config, checkpoint))
 }
 
 /// The dimensions of the published checkpoints.
@@ -178,20 +182,23 @@ fn synthetic_config(size: Synthetic, text_layers: Option<usize>) -> Result<Llava
 
 /// What the machine can do.
 struct Limits {
+    peak_type: &'static str,
     peak_gflops: f64,
     bandwidth_gbs: f64,
 }
 
 impl Limits {
-    fn measure(model: &LlavaNextVideoModel, device: lnv_kernels::Device) -> Result<Self> {
+    fn measure(formats: &Formats, device: lnv_kernels::Device) -> Result<Self> {
         let ops = Ops::new(device).map_err(|e| anyhow::anyhow!("{e}"))?;
-        let dtype = match model.dtype() {
-            Dtype::F32 => WeightDtype::F32,
-            Dtype::Bf16 => WeightDtype::Bf16,
-            Dtype::F16 => WeightDtype::F16,
-        };
+        let dtype = formats.computed();
         let spinner = progress::spinner("measuring this machine's limits");
         let limits = Self {
+            peak_type: match dtype {
+                WeightDtype::F32 => "f32",
+                WeightDtype::Bf16 => "bf16",
+                WeightDtype::F16 => "f16",
+                _ => "int8",
+            },
             peak_gflops: probe::peak_gflops(ops.isa(), dtype),
             bandwidth_gbs: probe::read_bandwidth_gbs(),
         };
@@ -202,65 +209,98 @@ impl Limits {
 
 /// The stages.
 struct Measured {
-    dtype: Dtype,
+    formats: Formats,
+    resident_bytes: usize,
     vision: Stage,
     prefill: Stage,
     decode: Stage,
     prefill_tokens: usize,
+    rows: Option<Rows>,
 }
 
-fn measure(model: LlavaNextVideoModel, args: &BenchArgs) -> Result<Measured> {
-    let config = model.config().clone();
-    let dtype = model.dtype();
-    let inputs = inputs(&config, args.frames);
+fn measure(model: LlavaNextVideoModel, formats: Formats, args: &BenchArgs) -> Result<Measured> {
+    let inputs = inputs(model.config(), args.frames);
     let tokens = inputs.input_ids[0].len();
-    let vision_needed = vision_flops(&model, args.frames);
-    let decode_weights = model.language_model().bytes().1 as f64;
-    let mut engine = Engine::new(Arc::new(model), GenerationConfig::default());
-    let options = GenerationOptions {
-        max_new_tokens: Some(args.steps + 1),
-        num_return_sequences: 1,
-        eos_token_ids: Some(Vec::new()),
-        ..GenerationOptions::default()
+    let decode_bytes = model.language_model().bytes().1 as f64 + kv_bytes(&model) * tokens as f64;
+    let model = Arc::new(model);
+    let seconds = Seconds::best(&model, &inputs, args.steps)?;
+    let rows = match (args.batch, args.context) {
+        (None, None) => None,
+        (rows, context) => {
+            let spinner = progress::spinner("decoding rows");
+            let (rows, context) = (rows.unwrap_or(1), context.unwrap_or(tokens));
+            let measured = Rows::measure(&model, (rows, context, args.steps));
+            spinner.finish_and_clear();
+            Some(measured?)
+        }
     };
-    let bar = progress::bar(RUNS as u64, progress::Unit::Count, "measuring");
-    let (mut vision, mut prefill, mut decode) = (f64::MAX, f64::MAX, f64::MAX);
-    for _ in 0..RUNS {
-        let mut last = None;
-        let mut watch = |event: Event| {
-            if let Event::Token { .. } = event {
-                let now = Instant::now();
-                if let Some(before) = last.replace(now) {
-                    decode = decode.min((now - before).as_secs_f64());
-                }
-            }
-            ControlFlow::Continue(())
-        };
-        let generation = engine.generate(&inputs, &options, &(), &mut watch)?;
-        vision = vision.min(generation.timings.vision_s);
-        prefill = prefill.min(generation.timings.prefill_s);
-        bar.inc(1);
-    }
-    bar.finish_and_clear();
-    let text = &config.text_config;
-    // Keys and values are kept in f32.
-    let kv = (2 * 4 * text.num_key_value_heads * text.head_dim * text.num_hidden_layers) as f64;
     Ok(Measured {
-        dtype,
+        formats,
+        resident_bytes: model.bytes(),
         vision: Stage {
-            seconds: vision,
-            needed: vision_needed,
+            seconds: seconds.vision,
+            needed: vision_flops(&model, args.frames),
         },
         prefill: Stage {
-            seconds: prefill,
-            needed: prefill_flops(text, tokens),
+            seconds: seconds.prefill,
+            needed: prefill_flops(&model.config().text_config, tokens),
         },
         decode: Stage {
-            seconds: decode,
-            needed: decode_weights + kv * tokens as f64,
+            seconds: seconds.decode,
+            needed: decode_bytes,
         },
         prefill_tokens: tokens,
+        rows,
     })
+}
+
+/// Bytes of the keys and values of a token.
+fn kv_bytes(model: &LlavaNextVideoModel) -> f64 {
+    let kv_dtype = model.language_model().kv_dtype();
+    kv_bytes_per_token(&model.config().text_config, kv_dtype) as f64
+}
+
+/// Seconds of the stages, the best of several runs.
+struct Seconds {
+    vision: f64,
+    prefill: f64,
+    decode: f64,
+}
+
+impl Seconds {
+    fn best(model: &Arc<LlavaNextVideoModel>, inputs: &ModelInputs, steps: usize) -> Result<Self> {
+        let mut engine = Engine::new(Arc::clone(model), GenerationConfig::default());
+        let options = GenerationOptions {
+            max_new_tokens: Some(steps + 1),
+            num_return_sequences: 1,
+            eos_token_ids: Some(Vec::new()),
+            ..GenerationOptions::default()
+        };
+        let bar = progress::bar(RUNS as u64, progress::Unit::Count, "measuring");
+        let (mut vision, mut prefill, mut decode) = (f64::MAX, f64::MAX, f64::MAX);
+        for _ in 0..RUNS {
+            let mut last = None;
+            let mut watch = |event: Event| {
+                if let Event::Token { .. } = event {
+                    let now = Instant::now();
+                    if let Some(before) = last.replace(now) {
+                        decode = decode.min((now - before).as_secs_f64());
+                    }
+                }
+                ControlFlow::Continue(())
+            };
+            let generation = engine.generate(inputs, &options, &(), &mut watch)?;
+            vision = vision.min(generation.timings.vision_s);
+            prefill = prefill.min(generation.timings.prefill_s);
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+        Ok(Self {
+            vision,
+            prefill,
+            decode,
+        })
+    }
 }
 
 /// A clip of noise and a prompt of nothing in particular.
@@ -323,80 +363,4 @@ fn prefill_flops(c: &TextConfig, t: usize) -> f64 {
     whole * (t * (row + keys) + attention)
         + (t * keys + row + 4.0 * q * t)
         + 2.0 * d * c.vocab_size as f64
-}
-
-struct Report {
-    load_s: f64,
-    media_s: Option<f64>,
-    first_token_s: f64,
-    limits: Limits,
-    measured: Measured,
-}
-
-impl Report {
-    fn json(&self) -> serde_json::Value {
-        let (m, l) = (&self.measured, &self.limits);
-        let mut json = json!({
-            "dtype": m.dtype.name(),
-            "load_s": self.load_s,
-            "vision_s": m.vision.seconds,
-            "prefill_s": m.prefill.seconds,
-            "prefill_tokens": m.prefill_tokens,
-            "decode_s": m.decode.seconds,
-            "first_token_s": self.first_token_s,
-            "peak_gflops": l.peak_gflops,
-            "bandwidth_gbs": l.bandwidth_gbs,
-            "vision_gflops": m.vision.rate(),
-            "prefill_gflops": m.prefill.rate(),
-            "decode_gbs": m.decode.rate(),
-            "vision_share": m.vision.rate() / l.peak_gflops,
-            "prefill_share": m.prefill.rate() / l.peak_gflops,
-            "decode_share": m.decode.rate() / l.bandwidth_gbs,
-        });
-        if let Some(media_s) = self.media_s {
-            json["media_s"] = json!(media_s);
-        }
-        json
-    }
-
-    fn text(&self, frames: usize) -> String {
-        let (m, l) = (&self.measured, &self.limits);
-        let compute = |name: &str, stage: &Stage, what: &str| {
-            format!(
-                "{name:<8} {:>9.3} s   {:>7.1} GFLOP/s  {:>5.1} % of the peak   {what}\n",
-                stage.seconds,
-                stage.rate(),
-                100.0 * stage.rate() / l.peak_gflops
-            )
-        };
-        let mut text = format!(
-            "limits   {:.1} GFLOP/s in {}, {:.1} GB/s read, {} threads\n",
-            l.peak_gflops,
-            m.dtype.name(),
-            l.bandwidth_gbs,
-            std::thread::available_parallelism().map_or(1, usize::from)
-        );
-        text += &format!("load     {:>9.3} s\n", self.load_s);
-        if let Some(media) = self.media_s {
-            text += &format!("media    {media:>9.3} s   decoding and preprocessing, second time\n");
-        }
-        text += &compute("vision", &m.vision, &format!("{frames} frames"));
-        text += &compute(
-            "prefill",
-            &m.prefill,
-            &format!("{} tokens", m.prefill_tokens),
-        );
-        text += &format!(
-            "decode   {:>9.4} s   {:>7.1} GB/s     {:>5.1} % of the bandwidth   {:.1} tokens/s\n",
-            m.decode.seconds,
-            m.decode.rate(),
-            100.0 * m.decode.rate() / l.bandwidth_gbs,
-            1.0 / m.decode.seconds
-        );
-        text += &format!(
-            "first token after {:.2} s, loading included\n",
-            self.first_token_s
-        );
-        text
-    }
 }

@@ -62,7 +62,7 @@ pub fn run(args: &ChatArgs, media: Vec<NamedMedium>) -> Result<()> {
         media: LoadedMedia::default(),
         pending: Vec::new(),
         system: args.system.clone(),
-        interrupted: stop_flag()?,
+        interrupted: output::stop_flag()?,
         load_s: loaded.seconds,
         pipeline,
         sampling,
@@ -82,15 +82,6 @@ fn load(content: Vec<Content>, sampling: FrameSampling) -> Result<(Vec<Content>,
     }];
     let loaded = LoadedMedia::load(&alone, sampling)?;
     Ok((content, loaded))
-}
-
-/// A flag that Ctrl-C raises.
-fn stop_flag() -> Result<Arc<AtomicBool>> {
-    let flag = Arc::new(AtomicBool::new(false));
-    let raised = Arc::clone(&flag);
-    ctrlc::set_handler(move || raised.store(true, Ordering::SeqCst))
-        .context("cannot listen for Ctrl-C")?;
-    Ok(flag)
 }
 
 struct Chat {

@@ -1,12 +1,17 @@
 //! `lnv inspect`: what a checkpoint is and what loading it would take; headers only, no weights.
 
 use anyhow::Result;
-use llava_next_video::config::{GenerationConfig, LlavaNextVideoConfig};
+use llava_next_video::config::{GenerationConfig, LlavaNextVideoConfig, Quantization};
 use llava_next_video::engine::context_length;
-use llava_next_video::model::Checkpoint;
+use llava_next_video::model::{
+    Checkpoint, Formats, LlavaNextVideoModel, LoadOptions, Part, PlannedWeight, default_kv_dtype,
+    kv_bytes_per_token,
+};
+use lnv_kernels::WeightDtype;
 use serde_json::json;
 
 use crate::args::{Format, InspectArgs};
+use crate::output::size;
 use crate::{checkpoint, output};
 
 /// Runs the command.
@@ -15,7 +20,7 @@ pub fn run(args: &InspectArgs) -> Result<()> {
     let config = LlavaNextVideoConfig::read(&files)?;
     let weights = Checkpoint::open(&files)?;
     let generation = GenerationConfig::read(&files)?;
-    let facts = Facts::new(&files.name(), &config, &weights);
+    let facts = Facts::new(&files.name(), &config, &weights)?;
     match args.format {
         Format::Json => output::line(&facts.json(&config, &generation).to_string()),
         Format::Text => output::write(&facts.text(&config, &generation)),
@@ -28,6 +33,9 @@ struct Facts {
     parameters: usize,
     file_bytes: usize,
     used_bytes: usize,
+    formats: Formats,
+    parts: Vec<PartBytes>,
+    choices: Vec<(Quantization, usize)>,
     kv_bytes_per_token: usize,
     dtypes: Vec<(String, usize)>,
     shards: usize,
@@ -35,10 +43,20 @@ struct Facts {
     unread: Vec<String>,
 }
 
+/// One part's weights in one format.
+struct PartBytes {
+    part: Part,
+    format: &'static str,
+    bytes: usize,
+}
+
 impl Facts {
-    fn new(name: &str, config: &LlavaNextVideoConfig, weights: &Checkpoint) -> Self {
+    fn new(name: &str, config: &LlavaNextVideoConfig, weights: &Checkpoint) -> Result<Self> {
         let tensors = weights.tensors();
+        let formats = Formats::choose(config, weights, &LoadOptions::default())?;
+        let plan = LlavaNextVideoModel::plan(config, formats)?;
         let text = &config.text_config;
+        let kv_dtype = default_kv_dtype(formats.dtype);
         let mut dtypes: Vec<(String, usize)> = Vec::new();
         for tensor in &tensors {
             match dtypes.iter_mut().find(|(dtype, _)| *dtype == tensor.dtype) {
@@ -48,20 +66,19 @@ impl Facts {
         }
         let read = |name: &str| is_read(name, config);
         let elements = |shape: &[usize]| shape.iter().product::<usize>();
-        Self {
+        Ok(Self {
             name: name.to_owned(),
-            parameters: tensors.iter().map(|t| elements(&t.shape)).sum(),
+            parameters: match config.packed {
+                // The tensors' shapes are those of bytes.
+                Some(_) => plan.iter().map(|weight| elements(&weight.shape)).sum(),
+                None => tensors.iter().map(|t| elements(&t.shape)).sum(),
+            },
             file_bytes: tensors.iter().map(|t| t.bytes).sum(),
-            used_bytes: tensors
-                .iter()
-                .filter(|t| read(&t.name))
-                .map(|t| t.bytes)
-                .sum(),
-            kv_bytes_per_token: 2
-                * 4
-                * text.num_key_value_heads
-                * text.head_dim
-                * text.num_hidden_layers,
+            used_bytes: total(&plan),
+            parts: parts(&plan, &formats),
+            choices: choices(config, weights)?,
+            formats,
+            kv_bytes_per_token: kv_bytes_per_token(text, kv_dtype),
             dtypes,
             shards: weights.shards(),
             unread: tensors
@@ -70,7 +87,7 @@ impl Facts {
                 .map(|t| t.name.clone())
                 .collect(),
             tensors: tensors.len(),
-        }
+        })
     }
 
     fn json(&self, c: &LlavaNextVideoConfig, g: &GenerationConfig) -> serde_json::Value {
@@ -81,6 +98,14 @@ impl Facts {
             "parameters": self.parameters,
             "file_bytes": self.file_bytes,
             "loaded_bytes": self.used_bytes,
+            "dtype": self.formats.dtype.name(),
+            "quantize": self.formats.quantization.map(|q| q.name()),
+            "formats": self.parts.iter().map(|p| json!({
+                "part": part_name(p.part), "format": p.format, "bytes": p.bytes,
+            })).collect::<Vec<_>>(),
+            "quantized_bytes": self.choices.iter()
+                .map(|(q, bytes)| (q.name().to_owned(), json!(bytes)))
+                .collect::<serde_json::Map<_, _>>(),
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "dtypes": self.dtypes.iter().map(|(d, b)| json!({"dtype": d, "bytes": b}))
                 .collect::<Vec<_>>(),
@@ -174,10 +199,26 @@ impl Facts {
             (
                 "memory",
                 format!(
-                    "{} of weights in the stored type, {} a token of context",
+                    "{} of weights{}, {} a token of context",
                     size(self.used_bytes),
+                    match self.formats.quantization {
+                        Some(_) => "",
+                        None => " in the stored type",
+                    },
                     size(self.kv_bytes_per_token)
                 ),
+            ),
+            ("formats", joined(self.parts.iter().map(PartBytes::text))),
+            (
+                "--quantize",
+                match self.choices.is_empty() {
+                    true => "the weights are quantised already".into(),
+                    false => joined(
+                        self.choices
+                            .iter()
+                            .map(|(q, bytes)| format!("{} {}", q.name(), size(*bytes))),
+                    ),
+                },
             ),
             ("not read", format!("{} tensors", self.unread.len())),
         ];
@@ -186,6 +227,92 @@ impl Facts {
             .map(|(key, value)| format!("{key:<11}{value}\n"))
             .collect()
     }
+}
+
+impl PartBytes {
+    fn text(&self) -> String {
+        format!(
+            "{} {} {}",
+            part_name(self.part),
+            self.format,
+            size(self.bytes)
+        )
+    }
+}
+
+fn part_name(part: Part) -> &'static str {
+    match part {
+        Part::VisionTower => "vision tower",
+        Part::Projector => "projector",
+        Part::Decoder => "decoder",
+        Part::Embeddings => "embeddings",
+        Part::Head => "head",
+    }
+}
+
+fn joined(items: impl Iterator<Item = String>) -> String {
+    items.collect::<Vec<_>>().join(", ")
+}
+
+fn total(plan: &[PlannedWeight]) -> usize {
+    plan.iter().map(|weight| weight.bytes).sum()
+}
+
+/// The matrices' bytes by part and format.
+fn parts(plan: &[PlannedWeight], formats: &Formats) -> Vec<PartBytes> {
+    let mut parts: Vec<PartBytes> = Vec::new();
+    for weight in plan {
+        let part = Part::of(&weight.name);
+        let format = weight.format.unwrap_or(formats.dense());
+        let format = format_name(format);
+        match parts
+            .iter_mut()
+            .find(|p| p.part == part && p.format == format)
+        {
+            Some(found) => found.bytes += weight.bytes,
+            None => parts.push(PartBytes {
+                part,
+                format,
+                bytes: weight.bytes,
+            }),
+        }
+    }
+    // Norms and biases, which are always kept as they are, say nothing.
+    parts.retain(|p| p.bytes * 200 > total(plan));
+    parts
+}
+
+fn format_name(format: WeightDtype) -> &'static str {
+    match format {
+        WeightDtype::F32 => "f32",
+        WeightDtype::Bf16 => "bf16",
+        WeightDtype::F16 => "f16",
+        WeightDtype::Q8 => "q8",
+        WeightDtype::Q4 => "q4",
+    }
+}
+
+/// Bytes of the weights with each `--quantize`; none where they are quantised already.
+fn choices(
+    config: &LlavaNextVideoConfig,
+    weights: &Checkpoint,
+) -> Result<Vec<(Quantization, usize)>> {
+    if config.packed.is_some() {
+        return Ok(Vec::new());
+    }
+    let mut choices = Vec::new();
+    for quantization in Quantization::ALL {
+        let options = LoadOptions {
+            quantization: Some(quantization),
+            ..LoadOptions::default()
+        };
+        let formats = Formats::choose(config, weights, &options)?;
+        choices.push((
+            quantization,
+            total(&LlavaNextVideoModel::plan(config, formats)?),
+        ));
+    }
+    Ok(choices)
 }
 
 fn layers_run(c: &LlavaNextVideoConfig) -> usize {
@@ -213,14 +340,4 @@ fn is_read(name: &str, c: &LlavaNextVideoConfig) -> bool {
     ];
     let tied_head = c.text_config.tie_word_embeddings && name.starts_with("lm_head.");
     !tied_head && !unread.iter().any(|part| name.contains(part))
-}
-
-/// Bytes for people.
-fn size(bytes: usize) -> String {
-    match bytes {
-        0..=9_999 => format!("{bytes} bytes"),
-        10_000..=9_999_999 => format!("{:.1} kB", bytes as f64 / 1e3),
-        10_000_000..=9_999_999_999 => format!("{:.1} MB", bytes as f64 / 1e6),
-        _ => format!("{:.2} GB", bytes as f64 / 1e9),
-    }
 }

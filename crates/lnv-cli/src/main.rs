@@ -13,11 +13,13 @@ mod forward;
 mod generate;
 mod inspect;
 mod media;
+mod memory;
 mod model;
 mod output;
 mod pipeline;
 mod process;
 mod progress;
+mod quantize;
 mod stream;
 
 use std::process::ExitCode;
@@ -59,6 +61,7 @@ fn run(cli: &Cli, order: Vec<pipeline::NamedMedium>) -> Result<()> {
         Command::Process(args) => process::run(args),
         Command::Forward(args) => forward::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Quantize(args) => quantize::run(args),
         Command::Inspect(args) => inspect::run(args),
     }
 }

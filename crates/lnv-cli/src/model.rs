@@ -5,15 +5,17 @@ use std::time::Instant;
 
 use anyhow::{Result, anyhow, bail};
 use llava_next_video::config::{
-    CheckpointFiles, Dtype, GenerationConfig, LlavaNextVideoConfig, RopeOverride,
+    CheckpointFiles, Dtype, GenerationConfig, LlavaNextVideoConfig, Quantization, RopeOverride,
     parse_rope_override,
 };
 use llava_next_video::engine::{EarlyStopping, GenerationOptions, Sampling};
 use llava_next_video::media::FrameSampling;
-use llava_next_video::model::{LlavaNextVideoModel, LoadOptions};
-use lnv_kernels::Device;
+use llava_next_video::model::{Checkpoint, LlavaNextVideoModel, LoadOptions};
+use lnv_kernels::{Device, KvDtype};
 
-use crate::args::{DtypeArg, EarlyStoppingArg, FrameArgs, GenerationArgs, QuantizeArg, RunArgs};
+use crate::args::{
+    DtypeArg, EarlyStoppingArg, FrameArgs, GenerationArgs, KvDtypeArg, QuantizeArg, RunArgs,
+};
 use crate::progress::{Unit, bar, note};
 
 /// Frames of a video when nothing else is said.
@@ -33,8 +35,12 @@ pub struct Loaded {
 /// Settings that were checked before anything is read.
 #[derive(Debug, Clone, Copy)]
 pub struct RunOptions {
-    /// Type of the weights.
+    /// Type of the weights that are not quantised.
     pub dtype: Option<Dtype>,
+    /// How the others are quantised.
+    pub quantization: Option<Quantization>,
+    /// Type of the keys and values.
+    pub kv_cache_dtype: Option<KvDtype>,
     /// Where to compute.
     pub device: Device,
     /// Rotary scaling.
@@ -44,21 +50,10 @@ pub struct RunOptions {
 impl RunOptions {
     /// Checks what was typed.
     pub fn new(args: &RunArgs) -> Result<Self> {
-        if let Some(quantize) = args.quantize {
-            bail!(
-                "--quantize {} is not available in this version: leave it out to run in the \
-                 checkpoint's own type",
-                match quantize {
-                    QuantizeArg::Q8 => "q8",
-                    QuantizeArg::Q4 => "q4",
-                    QuantizeArg::Nf4 => "nf4",
-                    QuantizeArg::Fp4 => "fp4",
-                    QuantizeArg::Int8 => "int8",
-                }
-            );
-        }
         Ok(Self {
             dtype: dtype(args.dtype),
+            quantization: args.quantize.map(quantization).transpose()?,
+            kv_cache_dtype: kv_dtype(args.kv_cache_dtype),
             device: Device::from_str(&args.device).map_err(|e| anyhow!("{e}"))?,
             rope: args
                 .rope_scaling
@@ -76,32 +71,80 @@ impl RunOptions {
         frames: usize,
     ) -> Result<Loaded> {
         let start = Instant::now();
+        let checkpoint = Checkpoint::open(files)?;
+        let model = self.load_from(config, &checkpoint, frames)?.model;
+        Ok(Loaded {
+            model,
+            seconds: start.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// The same from a checkpoint that is open.
+    pub fn load_from(
+        &self,
+        config: LlavaNextVideoConfig,
+        checkpoint: &Checkpoint,
+        frames: usize,
+    ) -> Result<Loaded> {
+        let start = Instant::now();
         let progress = bar(0, Unit::Bytes, "loading");
         let report = |done: usize, total: usize| {
             progress.set_length(total as u64);
             progress.set_position(done as u64);
         };
         let options = LoadOptions {
-            dtype: self.dtype,
-            device: self.device,
-            rope: self.rope.map(|rope| (rope, frames)),
             progress: Some(&report),
+            ..self.load_options(frames)
         };
-        let model = LlavaNextVideoModel::load_as(config, files, &options);
+        let model = LlavaNextVideoModel::from_checkpoint(config, checkpoint, &options);
         progress.finish_and_clear();
         Ok(Loaded {
             model: model?,
             seconds: start.elapsed().as_secs_f64(),
         })
     }
+
+    /// The library's options, without progress.
+    pub fn load_options(&self, frames: usize) -> LoadOptions<'static> {
+        LoadOptions {
+            dtype: self.dtype,
+            quantization: self.quantization,
+            kv_cache_dtype: self.kv_cache_dtype,
+            device: self.device,
+            rope: self.rope.map(|rope| (rope, frames)),
+            progress: None,
+        }
+    }
 }
 
-fn dtype(arg: DtypeArg) -> Option<Dtype> {
+/// `--dtype`.
+pub fn dtype(arg: DtypeArg) -> Option<Dtype> {
     match arg {
         DtypeArg::Auto => None,
         DtypeArg::F32 => Some(Dtype::F32),
         DtypeArg::Bf16 => Some(Dtype::Bf16),
         DtypeArg::F16 => Some(Dtype::F16),
+    }
+}
+
+/// `--quantize` and `--to`.
+pub fn quantization(arg: QuantizeArg) -> Result<Quantization> {
+    let name = match arg {
+        QuantizeArg::Q8 => return Ok(Quantization::Q8),
+        QuantizeArg::Q4 => return Ok(Quantization::Q4),
+        QuantizeArg::Nf4 => "nf4",
+        QuantizeArg::Fp4 => "fp4",
+        QuantizeArg::Int8 => "int8",
+    };
+    bail!("{name} is not available in this version: use q8 or q4")
+}
+
+fn kv_dtype(arg: KvDtypeArg) -> Option<KvDtype> {
+    match arg {
+        KvDtypeArg::Auto => None,
+        KvDtypeArg::F32 => Some(KvDtype::F32),
+        KvDtypeArg::Bf16 => Some(KvDtype::Bf16),
+        KvDtypeArg::Int8 => Some(KvDtype::Int8),
     }
 }
 

@@ -8,12 +8,16 @@
 use std::time::Instant;
 
 use lnv_kernels::{
-    Activation, AttentionShape, Device, Epilogue, Heads, KV_BLOCK, KernelError, KvCache, Ops, Slot,
-    Span, Vector, Weight, WeightData, WeightDtype, WeightPart, probe,
+    Activation, AttentionShape, Device, Epilogue, Heads, Isa, KV_BLOCK, KernelError, KvCache,
+    KvDtype, Ops, Precision, Slot, Span, Vector, Weight, WeightData, WeightDtype, WeightPart,
+    probe,
 };
 
 /// Weights of one shape.
 const COPIES: usize = 4;
+
+/// Layers of a cache that is read once a call.
+const LAYERS: usize = 4;
 
 struct Bench {
     ops: Ops,
@@ -113,65 +117,100 @@ impl Bench {
     }
 
     fn attention(&self) {
-        let peak = probe::peak_gflops(self.ops.isa(), WeightDtype::F32);
-        let vit = Heads {
-            heads: 16,
-            kv_heads: 16,
-            head_dim: 64,
-        };
-        if self.wants("full_attention") {
-            let qkv = self
-                .ops
-                .upload(8 * 577, vit.qkv_cols(), &noise(8 * 577 * vit.qkv_cols()));
-            let mut out = self.ops.buffer(8 * 577, 1024);
-            let time = best(|| self.ops.full_attention(&qkv, 577, vit, 0.125, &mut out));
-            let work = (8 * 577 * 577 * 4 * 1024, 0);
-            self.report("full_attention 8x577, 16x64", work, peak, time);
-        }
-        for (kv_heads, q_len, kv_len) in [
-            (32, 1190, 1190_usize),
-            (8, 1190, 1190),
-            (32, 1, 1190),
-            (8, 1, 8192),
-            (32, 1, 8192),
-        ] {
-            let heads = Heads {
-                heads: 32,
-                kv_heads,
-                head_dim: 128,
-            };
-            let name = format!("paged_attention {q_len}/{kv_len} 32/{kv_heads}x128");
+        let vit = heads(16, 16, 64);
+        for precision in [Precision::F32, Precision::Bf16] {
+            let name = format!("full {precision:?} 8x577, 16x64");
             if !self.wants(&name) {
                 continue;
             }
-            let blocks: Vec<u32> = (0..kv_len.div_ceil(KV_BLOCK) as u32).collect();
-            let mut cache = KvCache::new(1, heads, blocks.len());
-            self.fill(&mut cache, heads, kv_len);
-            let qkv = self
-                .ops
-                .upload(q_len, heads.qkv_cols(), &noise(q_len * heads.qkv_cols()));
-            let mut out = self.ops.buffer(q_len, 4096);
-            let spans = [Span {
-                q_start: 0,
-                q_len,
-                kv_len,
-                blocks: &blocks,
-            }];
-            let shape = AttentionShape {
-                heads,
-                scale: 0.088,
-                window: None,
-            };
-            let run = || {
-                self.ops
-                    .paged_attention(&qkv, &cache, 0, &spans, &shape, &mut out)
-            };
-            let pairs = q_len * (kv_len - q_len) + q_len * (q_len + 1) / 2;
-            self.report(&name, (pairs * 4 * 4096, cache.bytes()), peak, best(run));
+            let rows = 8 * 577;
+            let qkv = noise(rows * vit.qkv_cols());
+            let qkv = self.ops.upload(rows, vit.qkv_cols(), &qkv);
+            let (mut out, how) = (self.ops.buffer(rows, 1024), (0.125, precision));
+            let time = best(|| self.ops.full_attention(&qkv, 577, vit, how, &mut out));
+            let peak = self.attention_peak(precision == Precision::Bf16);
+            self.report(&name, (rows * 577 * 4 * 1024, 0), peak, time);
+        }
+        for dtype in [KvDtype::F32, KvDtype::Bf16, KvDtype::Int8] {
+            for (heads, q_len, kv_len, window) in [
+                (heads(32, 32, 128), 1192, 1192, None),
+                (heads(32, 32, 128), 4096, 4096, None),
+                (heads(32, 8, 128), 1192, 1192, None),
+                (heads(32, 8, 128), 4096, 4096, None),
+                (heads(32, 8, 128), 4096, 4096, Some(1024)),
+                (heads(32, 8, 64), 1192, 1192, None),
+                (heads(32, 32, 128), 1, 1024, None),
+                (heads(32, 32, 128), 1, 8192, None),
+                (heads(32, 8, 128), 1, 1024, None),
+                (heads(32, 8, 128), 1, 8192, None),
+                (heads(8, 1, 128), 1, 8192, None),
+            ] {
+                self.paged((heads, window, dtype), q_len, kv_len);
+            }
         }
     }
 
-    fn fill(&self, cache: &mut KvCache, heads: Heads, tokens: usize) {
+    fn paged(
+        &self,
+        (heads, window, dtype): (Heads, Option<usize>, KvDtype),
+        q_len: usize,
+        kv_len: usize,
+    ) {
+        let seen = window.map_or(String::new(), |window| format!(" of {window}"));
+        let name = format!(
+            "paged {dtype} {q_len}/{kv_len}{seen} {}/{}x{}",
+            heads.heads, heads.kv_heads, heads.head_dim
+        );
+        if !self.wants(&name) {
+            return;
+        }
+        // As many layers as no cache holds, in turn, as a model's come.
+        let layers = if q_len > 1 { 1 } else { LAYERS };
+        let blocks: Vec<u32> = (0..kv_len.div_ceil(KV_BLOCK) as u32).collect();
+        let mut cache = KvCache::new(layers, heads, blocks.len(), dtype);
+        (0..layers).for_each(|layer| self.fill(&mut cache, layer, heads, kv_len));
+        let qkv = noise(q_len * heads.qkv_cols());
+        let qkv = self.ops.upload(q_len, heads.qkv_cols(), &qkv);
+        let mut out = self.ops.buffer(q_len, heads.heads * heads.head_dim);
+        let spans = [Span {
+            q_start: 0,
+            q_len,
+            kv_len,
+            blocks: &blocks,
+        }];
+        let shape = AttentionShape {
+            heads,
+            scale: (heads.head_dim as f32).powf(-0.5),
+            window,
+        };
+        let mut turn = (0..layers).cycle();
+        let run = || {
+            let layer = turn.next().unwrap_or(0);
+            self.ops
+                .paged_attention(&qkv, &cache, layer, &spans, &shape, &mut out);
+        };
+        let time = best(run);
+        let sees = |i: usize| (kv_len - q_len + i + 1).min(window.unwrap_or(kv_len));
+        let pairs: usize = (0..q_len).map(sees).sum();
+        let work = (
+            pairs * 4 * heads.heads * heads.head_dim,
+            kv_len * dtype.bytes_per_token(&heads),
+        );
+        let peak = self.attention_peak(dtype != KvDtype::F32);
+        self.report(&name, work, peak, time);
+    }
+
+    /// The peak of the type that attention multiplies in.
+    fn attention_peak(&self, bf16: bool) -> f64 {
+        let dtype = if bf16 && self.ops.isa() == Isa::Avx512Bf16 {
+            WeightDtype::Bf16
+        } else {
+            WeightDtype::F32
+        };
+        probe::peak_gflops(self.ops.isa(), dtype)
+    }
+
+    fn fill(&self, cache: &mut KvCache, layer: usize, heads: Heads, tokens: usize) {
         let mut qkv = self
             .ops
             .upload(tokens, heads.qkv_cols(), &noise(tokens * heads.qkv_cols()));
@@ -184,7 +223,7 @@ impl Bench {
         };
         let slots: Vec<Slot> = (0..tokens).map(slot).collect();
         self.ops
-            .rope_write_kv(&mut qkv, &angles, heads, cache, 0, &slots);
+            .rope_write_kv(&mut qkv, &angles, heads, cache, layer, &slots);
     }
 
     fn rows(&self) {
@@ -219,7 +258,7 @@ impl Bench {
                 kv_heads: 32,
                 head_dim: 128,
             };
-            let mut cache = KvCache::new(1, heads, 1190_usize.div_ceil(KV_BLOCK));
+            let mut cache = KvCache::new(1, heads, 1190_usize.div_ceil(KV_BLOCK), KvDtype::F32);
             let mut qkv = self
                 .ops
                 .upload(1190, heads.qkv_cols(), &noise(1190 * heads.qkv_cols()));
@@ -258,6 +297,14 @@ impl Bench {
 
     fn wants(&self, name: &str) -> bool {
         name.contains(&self.filter)
+    }
+}
+
+fn heads(heads: usize, kv_heads: usize, head_dim: usize) -> Heads {
+    Heads {
+        heads,
+        kv_heads,
+        head_dim,
     }
 }
 

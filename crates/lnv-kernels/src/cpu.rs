@@ -18,6 +18,7 @@ pub(crate) mod rope;
 pub(crate) mod scratch;
 pub(crate) mod simd;
 mod small;
+mod widen;
 
 use rayon::prelude::*;
 

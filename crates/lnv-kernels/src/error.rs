@@ -34,4 +34,48 @@ pub enum KernelError {
         /// Bytes that were given.
         found: usize,
     },
+    /// A row of a weight is too long for the integer sums of its type.
+    #[error(
+        "a weight of rows of {k} values cannot be 8-bit (at most {limit}); choose another type"
+    )]
+    WeightDepth {
+        /// Values in a row.
+        k: usize,
+        /// The most that there may be.
+        limit: usize,
+    },
+    /// The bytes of a packed weight are not as many as its shape takes.
+    #[error(
+        "a packed weight of {n} rows of {k} values takes {expected} bytes, but there are {found}; \
+         pack it again"
+    )]
+    PackedSize {
+        /// Rows.
+        n: usize,
+        /// Values in a row.
+        k: usize,
+        /// Bytes that the shape takes.
+        expected: usize,
+        /// Bytes that were given.
+        found: usize,
+    },
+    /// The bytes of a packed weight are not inside the memory that was given.
+    #[error(
+        "a packed weight at bytes {start} to {end} is not inside the {len} bytes that are there; \
+         the file is cut off or not what it says"
+    )]
+    PackedRange {
+        /// The first byte.
+        start: usize,
+        /// The byte after the last.
+        end: usize,
+        /// Bytes that are there.
+        len: usize,
+    },
+    /// The bytes of a packed weight start at an address that is no multiple of 64.
+    #[error(
+        "a packed weight starts at byte {0}, whose address is no multiple of 64; \
+         write it at a multiple of 64"
+    )]
+    PackedAlignment(usize),
 }

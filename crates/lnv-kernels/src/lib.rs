@@ -34,6 +34,8 @@ mod weight;
 pub use buffer::{Buffer, Vector};
 pub use error::KernelError;
 pub use isa::{Device, Isa};
-pub use kv_cache::{Heads, KV_BLOCK, KvCache, Slot};
-pub use ops::{Activation, AttentionShape, Epilogue, Ops, PatchGeometry, PoolMode, Span};
-pub use weight::{Weight, WeightData, WeightDtype, WeightPart};
+pub use kv_cache::{Heads, KV_BLOCK, KvCache, KvDtype, Slot};
+pub use ops::{
+    Activation, AttentionShape, Epilogue, Ops, PatchGeometry, PoolMode, Precision, Span,
+};
+pub use weight::{PackedBytes, Weight, WeightData, WeightDtype, WeightPart, packed_len};

@@ -19,7 +19,7 @@ mod linear;
 mod rows;
 mod vision;
 
-pub use attention::{AttentionShape, Span};
+pub use attention::{AttentionShape, Precision, Span};
 pub use linear::Epilogue;
 pub use vision::{PatchGeometry, PoolMode};
 

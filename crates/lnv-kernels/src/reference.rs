@@ -6,12 +6,14 @@
 //! without FMA). Only attention differs in kind from its fast twins: whole softmax rows here,
 //! blocks there. Shapes were checked by [`crate::Ops`].
 
+mod quantised;
+
 use half::{bf16, f16};
 
 use crate::buffer::{Buffer, Vector};
 use crate::kv_cache::{Heads, KV_BLOCK, LayerCache, Slot};
 use crate::ops::{Activation, AttentionShape, Epilogue, PatchGeometry, PoolMode, Span};
-use crate::weight::{PANEL, Panels, Weight};
+use crate::weight::{PANEL, Weight, WeightDtype};
 
 /// `out = act(x·Wᵀ + bias)` or `out += x·Wᵀ + bias`.
 pub(crate) fn linear(
@@ -43,39 +45,40 @@ pub(crate) fn linear(
     }
 }
 
-/// One row times a panel: 32 sums, each one ascending chain over k.
+/// One row times a panel: 32 sums over k, of floats each one ascending chain.
 fn panel_product(x: &[f32], w: &Weight, panel: usize) -> [f32; PANEL] {
     let mut sums = [0.0; PANEL];
-    let len = w.padded_k() * PANEL;
-    let range = panel * len..(panel + 1) * len;
-    match w.panels() {
-        Panels::F32(data) => {
-            for (x, values) in x.iter().zip(data.as_slice()[range].chunks_exact(PANEL)) {
+    let values = w.panel(panel);
+    match w.dtype() {
+        WeightDtype::F32 => {
+            let values: &[f32] = bytemuck::cast_slice(values);
+            for (x, values) in x.iter().zip(values.chunks_exact(PANEL)) {
                 sums.iter_mut()
                     .zip(values)
                     .for_each(|(sum, value)| *sum += x * value);
             }
         }
-        Panels::F16(data) => {
-            for (x, values) in x.iter().zip(data.as_slice()[range].chunks_exact(PANEL)) {
-                let values = values.iter().map(|bits| f16::from_bits(*bits).to_f32());
+        WeightDtype::F16 => {
+            let values: &[f16] = bytemuck::cast_slice(values);
+            for (x, values) in x.iter().zip(values.chunks_exact(PANEL)) {
                 sums.iter_mut()
                     .zip(values)
-                    .for_each(|(sum, value)| *sum += x * value);
+                    .for_each(|(sum, value)| *sum += x * value.to_f32());
             }
         }
-        Panels::Bf16(data) => {
-            let pairs = data.as_slice()[range].chunks_exact(2 * PANEL);
-            for (x, values) in x.chunks(2).zip(pairs) {
+        WeightDtype::Bf16 => {
+            let values: &[bf16] = bytemuck::cast_slice(values);
+            for (x, values) in x.chunks(2).zip(values.chunks_exact(2 * PANEL)) {
                 for (parity, x) in x.iter().enumerate() {
                     let values = values[parity..].iter().step_by(2);
-                    let values = values.map(|bits| bf16::from_bits(*bits).to_f32());
                     sums.iter_mut()
                         .zip(values)
-                        .for_each(|(sum, value)| *sum += x * value);
+                        .for_each(|(sum, value)| *sum += x * value.to_f32());
                 }
             }
         }
+        WeightDtype::Q8 => return quantised::q8_product(x, values),
+        WeightDtype::Q4 => return quantised::q4_product(x, values),
     }
     sums
 }
@@ -307,12 +310,11 @@ pub(crate) fn rope_write_kv(
         rotated
             .chunks_exact_mut(head_dim)
             .for_each(|head| rotate(head, angles));
-        let keys = &rotated[q_heads * head_dim..];
-        for (i, (key, value)) in keys.iter().zip(values.iter()).enumerate() {
-            let (kv_head, d, offset) = (i / head_dim, i % head_dim, slot.offset as usize);
-            let start = (slot.block as usize * kv_heads + kv_head) * heads.block_len();
-            cache.keys.as_mut_slice()[start + d * KV_BLOCK + offset] = *key;
-            cache.values.as_mut_slice()[start + offset * head_dim + d] = *value;
+        let keys = rotated[q_heads * head_dim..].chunks_exact(head_dim);
+        for (kv_head, (key, value)) in keys.zip(values.chunks_exact(head_dim)).enumerate() {
+            let form = cache.record;
+            let record = cache.record_mut(slot.block, kv_head);
+            form.write(record, slot.offset as usize, key, value);
         }
     }
 }
@@ -346,20 +348,19 @@ pub(crate) fn paged_attention(
             let (head, i) = (index / span.q_len, index % span.q_len);
             let q = (span.q_start + i) * cols + head * head_dim;
             let visible = visible_keys(span, i, shape.window);
-            let block = |j: usize| (span.blocks[j / KV_BLOCK], head / shared);
+            let (form, kv_head) = (cache.record, head / shared);
+            let record = |j: usize| cache.record(span.blocks[j / KV_BLOCK], kv_head);
             softmax(&mut row[visible.clone()], shape.scale, |j| {
                 let j = visible.start + j;
-                let (block, kv_head) = block(j);
-                let keys = cache.key_block(&shape.heads, block, kv_head)[j % KV_BLOCK..].iter();
-                dot(&qkv.host()[q..q + head_dim], keys.step_by(KV_BLOCK))
+                let key = (0..head_dim).map(|i| form.key(record(j), j % KV_BLOCK, i));
+                dot(&qkv.host()[q..q + head_dim], key)
             });
             let start = (span.q_start + i) * out_cols + head * head_dim;
             let out = &mut out.host_mut()[start..start + head_dim];
             out.fill(0.0);
             for j in visible {
-                let (block, kv_head) = block(j);
-                let values = cache.value_block(&shape.heads, block, kv_head);
-                add_scaled(out, row[j], &values[j % KV_BLOCK * head_dim..]);
+                let value = (0..head_dim).map(|i| form.value(record(j), j % KV_BLOCK, i));
+                add_scaled(out, row[j], value);
             }
         }
         all.push(weights);
@@ -389,11 +390,15 @@ pub(crate) fn full_attention(qkv: &Buffer, len: usize, heads: Heads, scale: f32,
             let q = &segment[row % len * cols + head * d..][..d];
             let kv_head = head / shared * d;
             softmax(&mut weights, scale, |j| {
-                dot(q, &segment[j * cols + keys_at + kv_head..][..d])
+                dot(
+                    q,
+                    segment[j * cols + keys_at + kv_head..][..d].iter().copied(),
+                )
             });
             out.fill(0.0);
             for (j, weight) in weights.iter().enumerate() {
-                add_scaled(out, *weight, &segment[j * cols + values_at + kv_head..]);
+                let value = &segment[j * cols + values_at + kv_head..][..d];
+                add_scaled(out, *weight, value.iter().copied());
             }
         }
     }
@@ -411,11 +416,11 @@ fn softmax(row: &mut [f32], scale: f32, score: impl Fn(usize) -> f32) {
     row.iter_mut().for_each(|value| *value /= sum);
 }
 
-fn dot<'a>(a: &[f32], b: impl IntoIterator<Item = &'a f32>) -> f32 {
+fn dot(a: &[f32], b: impl Iterator<Item = f32>) -> f32 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-fn add_scaled(out: &mut [f32], scale: f32, row: &[f32]) {
+fn add_scaled(out: &mut [f32], scale: f32, row: impl Iterator<Item = f32>) {
     out.iter_mut()
         .zip(row)
         .for_each(|(out, value)| *out += scale * value);

@@ -1,18 +1,23 @@
 //! Packed weights.
 //!
 //! Decision: one resident copy of each weight, repacked once while loading into panels of
-//! [`PANEL`] = 32 output columns (two AVX-512 registers). For each k, a panel holds the 32 columns'
-//! values side by side, so that every kernel, from one row to a thousand, reads the weight as one
-//! sequential stream. bf16 holds the columns' values of k and k+1 as neighbours, which is what the
-//! bf16 dot product takes, and what widens to two f32 registers with a shift and a mask.
-//! The last panel is padded with zero columns, and an odd k of bf16 with a zero row.
+//! [`PANEL`] = 32 output columns (two AVX-512 registers), so that every kernel, from one row to a
+//! thousand, reads the weight as one sequential stream. All panels have the same size and hold
+//! everything that their columns need (scales too), so a weight is one stream of bytes: it can be
+//! written to a file as it is and mapped back ([`Weight::packed_bytes`], [`Weight::from_packed`]).
+//! The last panel is padded with zero columns. The order inside a panel is each format's own affair:
+//! `float.rs`, `q8.rs`, `q4.rs`.
 //!
 //! Refused: keeping a second, row-major copy. A row (an embedding) is gathered out of its panel.
 
-use std::ops::Range;
+mod float;
+mod packed;
+pub(crate) mod q4;
+pub(crate) mod q8;
 
-use half::{bf16, f16};
 use rayon::prelude::*;
+
+pub use packed::PackedBytes;
 
 use crate::KernelError;
 use crate::buffer::Aligned;
@@ -29,6 +34,12 @@ pub enum WeightDtype {
     Bf16,
     /// IEEE half precision.
     F16,
+    /// 8-bit integers with one f32 scale for each output; activations are rounded to 8-bit integers
+    /// row by row. k at most 131072.
+    Q8,
+    /// 4-bit integers with an f16 scale for every 64 values of k of an output; activations as with
+    /// [`WeightDtype::Q8`].
+    Q4,
 }
 
 /// Little-endian values as they lie in a checkpoint, at any alignment.
@@ -84,20 +95,46 @@ pub struct WeightPart<'a> {
     pub n: usize,
 }
 
-pub(crate) enum Panels {
-    F32(Aligned<f32>),
-    Bf16(Aligned<u16>),
-    F16(Aligned<u16>),
-}
-
-/// A weight matrix `[n, k]` (n outputs, k inputs), packed by [`crate::Ops::pack`].
+/// A weight matrix `[n, k]` (n outputs, k inputs), packed by [`crate::Ops::pack`]. Cheap to clone:
+/// the clones share the bytes.
+#[derive(Clone)]
 pub struct Weight {
     n: usize,
     k: usize,
-    panels: Panels,
+    dtype: WeightDtype,
+    packed: PackedBytes,
 }
 
 impl Weight {
+    /// A weight `[n, k]` from the bytes that [`Weight::packed_bytes`] gave for the same n, k and
+    /// dtype. They are used as they are, from where they lie.
+    ///
+    /// # Errors
+    /// The number of bytes is not [`packed_len`]; k is larger than the type allows.
+    pub fn from_packed(
+        n: usize,
+        k: usize,
+        dtype: WeightDtype,
+        packed: PackedBytes,
+    ) -> Result<Weight, KernelError> {
+        check_depth(k, dtype)?;
+        let (expected, found) = (packed_len(n, k, dtype), packed.len());
+        if found != expected {
+            return Err(KernelError::PackedSize {
+                n,
+                k,
+                expected,
+                found,
+            });
+        }
+        Ok(Weight {
+            n,
+            k,
+            dtype,
+            packed,
+        })
+    }
+
     /// Number of outputs.
     pub fn n(&self) -> usize {
         self.n
@@ -110,57 +147,33 @@ impl Weight {
 
     /// How it is stored.
     pub fn dtype(&self) -> WeightDtype {
-        match self.panels {
-            Panels::F32(_) => WeightDtype::F32,
-            Panels::Bf16(_) => WeightDtype::Bf16,
-            Panels::F16(_) => WeightDtype::F16,
-        }
+        self.dtype
     }
 
-    /// Resident bytes, padding included.
+    /// Resident bytes: values, scales and padding.
     pub fn bytes(&self) -> usize {
-        match &self.panels {
-            Panels::F32(data) => data.bytes(),
-            Panels::Bf16(data) | Panels::F16(data) => data.bytes(),
-        }
+        self.packed.len()
     }
 
-    pub(crate) fn panels(&self) -> &Panels {
-        &self.panels
+    /// The weight as it lies in memory, panel after panel: what [`Weight::from_packed`] takes. The
+    /// order inside is this version's; whoever stores it stores a version beside it.
+    pub fn packed_bytes(&self) -> &[u8] {
+        self.packed.as_slice()
     }
 
-    /// Rows of a panel: k, made even for bf16.
-    pub(crate) fn padded_k(&self) -> usize {
-        padded_k(self.dtype(), self.k)
+    /// Panel `index`.
+    pub(crate) fn panel(&self, index: usize) -> &[u8] {
+        let len = panel_len(self.k, self.dtype);
+        &self.packed_bytes()[index * len..(index + 1) * len]
     }
 
     /// Writes row `n` of the matrix, widened to f32, to `out` (`[k]`).
     pub(crate) fn read_row(&self, n: usize, out: &mut [f32]) {
-        let column = n % PANEL;
-        let panel_len = self.padded_k() * PANEL;
-        let range = n / PANEL * panel_len..(n / PANEL + 1) * panel_len;
-        match &self.panels {
-            Panels::F32(data) => {
-                let panel = data.as_slice()[range].chunks_exact(PANEL);
-                out.iter_mut()
-                    .zip(panel)
-                    .for_each(|(o, values)| *o = values[column]);
-            }
-            Panels::F16(data) => {
-                let panel = data.as_slice()[range].chunks_exact(PANEL);
-                let wide = |values: &[u16]| f16::from_bits(values[column]).to_f32();
-                out.iter_mut()
-                    .zip(panel)
-                    .for_each(|(o, values)| *o = wide(values));
-            }
-            Panels::Bf16(data) => {
-                let panel = data.as_slice()[range].chunks_exact(2 * PANEL);
-                for (pair, values) in out.chunks_mut(2).zip(panel) {
-                    for (parity, o) in pair.iter_mut().enumerate() {
-                        *o = bf16::from_bits(values[2 * column + parity]).to_f32();
-                    }
-                }
-            }
+        let (panel, column) = (self.panel(n / PANEL), n % PANEL);
+        match self.dtype {
+            WeightDtype::Q8 => q8::read_column(panel, column, out),
+            WeightDtype::Q4 => q4::read_column(panel, column, out),
+            dtype => float::read_column(dtype, panel, column, out),
         }
     }
 
@@ -170,6 +183,7 @@ impl Weight {
         k: usize,
         dtype: WeightDtype,
     ) -> Result<Weight, KernelError> {
+        check_depth(k, dtype)?;
         for part in parts {
             let expected = part.n * k * part.data.value_size();
             let found = part.data.bytes().len();
@@ -183,29 +197,55 @@ impl Weight {
             }
         }
         let n = parts.iter().map(|part| part.n).sum();
-        let len = usize::div_ceil(n, PANEL) * PANEL * padded_k(dtype, k);
         let source = Source { parts, k };
-        let panels = match dtype {
-            WeightDtype::F32 => Panels::F32(source.fill(dtype, len, pack_f32)),
-            WeightDtype::Bf16 => Panels::Bf16(source.fill(dtype, len, pack_bf16)),
-            WeightDtype::F16 => Panels::F16(source.fill(dtype, len, pack_f16)),
-        };
-        Ok(Weight { n, k, panels })
+        let mut packed = Aligned::zeroed(packed_len(n, k, dtype));
+        let panels = packed
+            .as_mut_slice()
+            .par_chunks_mut(panel_len(k, dtype).max(1))
+            .enumerate();
+        panels.for_each(|(index, panel)| {
+            let columns: Columns<'_> = std::array::from_fn(|c| source.row(index * PANEL + c));
+            match dtype {
+                WeightDtype::Q8 => q8::pack_panel(&columns, k, panel),
+                WeightDtype::Q4 => q4::pack_panel(&columns, k, panel),
+                dtype => float::pack_panel(dtype, &columns, k, panel),
+            }
+        });
+        Weight::from_packed(n, k, dtype, PackedBytes::own(packed))
     }
 }
 
 impl std::fmt::Debug for Weight {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Weight[{}, {}; {:?}]", self.n, self.k, self.dtype())
+        write!(f, "Weight[{}, {}; {:?}]", self.n, self.k, self.dtype)
     }
 }
 
-fn padded_k(dtype: WeightDtype, k: usize) -> usize {
-    if dtype == WeightDtype::Bf16 {
-        k.next_multiple_of(2)
-    } else {
-        k
+/// Bytes that a packed weight `[n, k]` takes; `usize::MAX` if no machine could hold it.
+pub fn packed_len(n: usize, k: usize, dtype: WeightDtype) -> usize {
+    n.div_ceil(PANEL).saturating_mul(panel_len(k, dtype))
+}
+
+fn check_depth(k: usize, dtype: WeightDtype) -> Result<(), KernelError> {
+    if dtype == WeightDtype::Q8 && k > q8::MAX_K {
+        return Err(KernelError::WeightDepth {
+            k,
+            limit: q8::MAX_K,
+        });
     }
+    Ok(())
+}
+
+/// Bytes of a panel: a multiple of 64.
+fn panel_len(k: usize, dtype: WeightDtype) -> usize {
+    let column = match dtype {
+        WeightDtype::F32 => k.saturating_mul(4),
+        WeightDtype::F16 => k.saturating_mul(2),
+        WeightDtype::Bf16 => k.saturating_add(k % 2).saturating_mul(2),
+        WeightDtype::Q8 => return q8::panel_len(k),
+        WeightDtype::Q4 => return q4::panel_len(k),
+    };
+    column.saturating_mul(PANEL)
 }
 
 /// The rows of a panel's columns; `None` beyond the last column.
@@ -226,149 +266,12 @@ impl<'a> Source<'a> {
         }
         None
     }
-
-    fn fill<T>(&self, dtype: WeightDtype, len: usize, pack: PackPanel<T>) -> Aligned<T>
-    where
-        T: Send + bytemuck::Pod,
-    {
-        let mut packed = Aligned::zeroed(len);
-        let panel_len = padded_k(dtype, self.k) * PANEL;
-        let panels = packed
-            .as_mut_slice()
-            .par_chunks_mut(panel_len.max(1))
-            .enumerate();
-        panels.for_each(|(index, panel)| {
-            let columns: Columns<'_> = std::array::from_fn(|c| self.row(index * PANEL + c));
-            let done = pack_fast(&columns, dtype, bytemuck::cast_slice_mut(panel));
-            for block in (done..self.k).step_by(K_BLOCK) {
-                pack(&columns, block..self.k.min(block + K_BLOCK), panel);
-            }
-        });
-        packed
-    }
-}
-
-/// Packs as much of k as the fast way can, and returns how much.
-#[cfg(target_arch = "x86_64")]
-fn pack_fast(columns: &Columns<'_>, dtype: WeightDtype, panel: &mut [u8]) -> usize {
-    use crate::cpu::pack::{pack_units, pack_widened};
-
-    let from = columns[0].map(|data| data.dtype());
-    if columns
-        .iter()
-        .any(|data| data.map(|data| data.dtype()) != from)
-    {
-        return 0;
-    }
-    let rows = columns.map(|data| data.map_or(&[][..], |data| data.bytes()));
-    match (from, dtype) {
-        (Some(WeightDtype::F32), WeightDtype::F32) => pack_units(&rows, panel),
-        (Some(WeightDtype::Bf16), WeightDtype::Bf16) => 2 * pack_units(&rows, panel),
-        (Some(WeightDtype::Bf16), WeightDtype::F32) => pack_widened(&rows, panel),
-        _ => 0,
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn pack_fast(_: &Columns<'_>, _: WeightDtype, _: &mut [u8]) -> usize {
-    0
-}
-
-/// Values of k packed at once: enough of each row for the memory's prefetcher, and a panel's part
-/// of them stays in the nearest caches.
-const K_BLOCK: usize = 128;
-
-type PackPanel<T> = fn(&Columns<'_>, Range<usize>, &mut [T]);
-
-fn pack_f32(columns: &Columns<'_>, range: Range<usize>, panel: &mut [f32]) {
-    let panel = &mut panel[range.start * PANEL..range.end * PANEL];
-    let mut line = [0.0; K_BLOCK];
-    for (c, data) in columns.iter().enumerate() {
-        let Some(data) = data else { continue };
-        widen(data, &range, &mut line);
-        panel[c..]
-            .iter_mut()
-            .step_by(PANEL)
-            .zip(line)
-            .for_each(|(o, value)| *o = value);
-    }
-}
-
-fn pack_f16(columns: &Columns<'_>, range: Range<usize>, panel: &mut [u16]) {
-    let panel = &mut panel[range.start * PANEL..range.end * PANEL];
-    let mut line = [0; K_BLOCK];
-    for (c, data) in columns.iter().enumerate() {
-        let Some(data) = data else { continue };
-        match data {
-            WeightData::F16(bytes) => copy_bits(bytes, &range, &mut line),
-            data => narrow(data, &range, &mut line, |value| {
-                f16::from_f32(value).to_bits()
-            }),
-        }
-        panel[c..]
-            .iter_mut()
-            .step_by(PANEL)
-            .zip(line)
-            .for_each(|(o, bits)| *o = bits);
-    }
-}
-
-fn pack_bf16(columns: &Columns<'_>, range: Range<usize>, panel: &mut [u16]) {
-    let panel = &mut panel[range.start * PANEL..range.end.next_multiple_of(2) * PANEL];
-    for (c, data) in columns.iter().enumerate() {
-        let mut line = [0; K_BLOCK]; // zero beyond an odd k
-        let Some(data) = data else { continue };
-        match data {
-            WeightData::Bf16(bytes) => copy_bits(bytes, &range, &mut line),
-            data => narrow(data, &range, &mut line, |value| {
-                bf16::from_f32(value).to_bits()
-            }),
-        }
-        for (out, pair) in panel.chunks_exact_mut(2 * PANEL).zip(line.chunks_exact(2)) {
-            out[2 * c..2 * c + 2].copy_from_slice(pair);
-        }
-    }
-}
-
-/// Values `range` of a row as f32.
-fn widen(data: &WeightData<'_>, range: &Range<usize>, line: &mut [f32; K_BLOCK]) {
-    let size = data.value_size();
-    let bytes = &data.bytes()[range.start * size..range.end * size];
-    let half = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]);
-    let values = line.iter_mut().zip(bytes.chunks_exact(size));
-    match data {
-        WeightData::F32(_) => {
-            values.for_each(|(o, b)| *o = f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-        }
-        WeightData::Bf16(_) => values.for_each(|(o, b)| *o = bf16::from_bits(half(b)).to_f32()),
-        WeightData::F16(_) => values.for_each(|(o, b)| *o = f16::from_bits(half(b)).to_f32()),
-    }
-}
-
-/// Values `range` of a row in a 16-bit format.
-fn narrow(
-    data: &WeightData<'_>,
-    range: &Range<usize>,
-    line: &mut [u16; K_BLOCK],
-    to_bits: impl Fn(f32) -> u16,
-) {
-    let mut wide = [0.0; K_BLOCK];
-    widen(data, range, &mut wide);
-    line.iter_mut()
-        .zip(wide)
-        .take(range.len())
-        .for_each(|(o, value)| *o = to_bits(value));
-}
-
-/// Values `range` of a row that has the 16-bit format already.
-fn copy_bits(bytes: &[u8], range: &Range<usize>, line: &mut [u16; K_BLOCK]) {
-    let bytes = &bytes[range.start * 2..range.end * 2];
-    let values = line.iter_mut().zip(bytes.chunks_exact(2));
-    values.for_each(|(o, b)| *o = u16::from_le_bytes([b[0], b[1]]));
 }
 
 #[cfg(test)]
 mod tests {
+    use half::{bf16, f16};
+
     use super::*;
 
     fn values(n: usize, k: usize) -> Vec<f32> {
@@ -436,6 +339,31 @@ mod tests {
         round_trip(
             &Weight::pack(&parts, k, WeightDtype::F32).expect("sizes fit"),
             &source,
+        );
+    }
+
+    #[test]
+    fn packed_bytes_make_the_same_weight_again() {
+        let (n, k) = (70, 35);
+        let bytes: Vec<u8> = values(n, k).iter().flat_map(|v| v.to_le_bytes()).collect();
+        let data = WeightData::F32(&bytes);
+        for dtype in [WeightDtype::F32, WeightDtype::Bf16, WeightDtype::F16] {
+            let weight = Weight::pack(&[WeightPart { data, n }], k, dtype).expect("sizes fit");
+            let packed = PackedBytes::copied(weight.packed_bytes());
+            assert_eq!(packed.len(), packed_len(n, k, dtype));
+            let again = Weight::from_packed(n, k, dtype, packed.clone()).expect("sizes fit");
+            let (mut row, mut row_again) = (vec![0.0; k], vec![0.0; k]);
+            for row_index in 0..n {
+                weight.read_row(row_index, &mut row);
+                again.read_row(row_index, &mut row_again);
+                assert_eq!(row, row_again, "{dtype:?} {row_index}");
+            }
+            let error = Weight::from_packed(n + 32, k, dtype, packed).expect_err("wrong");
+            assert!(error.to_string().contains("pack it again"), "{error}");
+        }
+        assert_eq!(
+            packed_len(usize::MAX, usize::MAX, WeightDtype::Bf16),
+            usize::MAX
         );
     }
 

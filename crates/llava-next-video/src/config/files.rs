@@ -56,6 +56,31 @@ impl CheckpointFiles {
         }
     }
 
+    /// The names of all files, those one folder down as `folder/name`; hidden ones are left out.
+    ///
+    /// # Errors
+    /// The directory cannot be listed.
+    pub fn list(&self) -> Result<Vec<String>> {
+        let mut names = Vec::new();
+        match self {
+            Self::Embedded(files) => names.extend(files.iter().map(|(name, _)| (*name).to_owned())),
+            Self::Directory(directory) => {
+                for name in entries(directory)? {
+                    let path = directory.join(&name);
+                    if path.is_dir() {
+                        let inner = entries(&path)?.into_iter();
+                        let file = inner.filter(|inner| path.join(inner).is_file());
+                        names.extend(file.map(|inner| format!("{name}/{inner}")));
+                    } else if path.is_file() {
+                        names.push(name);
+                    }
+                }
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
     /// The contents of `file`, or `None` where the checkpoint has no such file.
     ///
     /// # Errors
@@ -103,6 +128,17 @@ impl CheckpointFiles {
             ))),
         }
     }
+}
+
+/// The names in a directory, but for hidden ones and those that are not text.
+fn entries(directory: &Path) -> Result<Vec<String>> {
+    let failed = |cause: std::io::Error| Error::io("list", directory, &cause);
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(directory).map_err(failed)? {
+        let name = entry.map_err(failed)?.file_name().into_string();
+        names.extend(name.ok().filter(|name| !name.starts_with('.')));
+    }
+    Ok(names)
 }
 
 fn read_bounded(path: &Path) -> Result<Option<Cow<'static, [u8]>>> {

@@ -4,6 +4,7 @@ use lnv_kernels::Activation;
 
 use super::fields::{Fields, whole};
 use super::files::CheckpointFiles;
+use super::quantization::{PackedFormat, read_packed};
 use super::read_activation;
 use super::text::TextConfig;
 use super::vision::VisionConfig;
@@ -63,6 +64,14 @@ impl Dtype {
             Self::F16 => "f16",
         }
     }
+
+    /// Bytes of a value.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+        }
+    }
 }
 
 /// Everything `config.json` says about the model, defaults filled in.
@@ -102,6 +111,8 @@ pub struct LlavaNextVideoConfig {
     pub pad_token_id: Option<u32>,
     /// How the weights were stored, where the file says so.
     pub dtype: Option<Dtype>,
+    /// What the checkpoint holds where `lnv quantize` wrote it (`quantization_config`).
+    pub packed: Option<PackedFormat>,
 }
 
 impl LlavaNextVideoConfig {
@@ -127,7 +138,6 @@ impl LlavaNextVideoConfig {
     pub fn from_json(file: &str, json: &serde_json::Value) -> Result<Self> {
         let fields = Fields::new(file, json)?;
         check_model_type(&fields)?;
-        refuse_quantized(&fields)?;
         let vision_config = match fields.object("vision_config", "vision_config")? {
             Some(vision) => VisionConfig::read(&vision)?,
             None => VisionConfig::when_absent(),
@@ -170,6 +180,7 @@ impl LlavaNextVideoConfig {
             video_seq_length: fields.size("video_seq_length", 288, 0..=1 << 30)?,
             pad_token_id: fields.ids("pad_token_id")?.first().copied(),
             dtype: read_dtype(&fields)?.or(read_dtype(&text)?),
+            packed: read_packed(&fields)?,
             vision_config,
         };
         config.check(&fields)?;
@@ -271,20 +282,6 @@ fn check_model_type(fields: &Fields<'_>) -> Result<()> {
             &format!("is {other:?}; this program runs llava_next_video checkpoints"),
         )),
     }
-}
-
-fn refuse_quantized(fields: &Fields<'_>) -> Result<()> {
-    let Some(quantization) = fields.object("quantization_config", "quantization_config")? else {
-        return Ok(());
-    };
-    let method = quantization.text("quant_method")?.unwrap_or("unknown");
-    Err(fields.complain(
-        "quantization_config",
-        &format!(
-            "says the weights are quantised with {method:?}, which is not supported: use the \
-             checkpoint in bf16, f16 or f32"
-        ),
-    ))
 }
 
 fn read_strategy(fields: &Fields<'_>) -> Result<SelectStrategy> {

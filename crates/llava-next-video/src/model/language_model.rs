@@ -4,11 +4,12 @@
 //! stream stays in f32 whatever the weights' type, which is never less exact than the reference's bf16.
 //! The last layer writes all keys and values but goes on with the rows that somebody reads.
 
-use lnv_kernels::{AttentionShape, Buffer, Epilogue, Heads, KvCache, Ops, Span, Weight};
+use lnv_kernels::{AttentionShape, Buffer, Epilogue, Heads, KvCache, KvDtype, Ops, Span, Weight};
 
 use super::batch::{Batch, DecoderOutput, Keep, Taps};
-use super::layers::{Linear, Loader, RmsNorm};
-use crate::config::TextConfig;
+use super::layers::{Linear, RmsNorm};
+use super::loader::Loader;
+use crate::config::{Dtype, TextConfig};
 use crate::error::Result;
 
 /// Called after each layer with the number done; an error stops the pass.
@@ -22,6 +23,7 @@ pub struct LanguageModel {
     norm: RmsNorm,
     /// `None` where the embedding table is the head.
     lm_head: Option<Weight>,
+    kv_dtype: KvDtype,
 }
 
 struct DecoderLayer {
@@ -65,11 +67,11 @@ struct Pass<'a> {
 }
 
 impl LanguageModel {
-    /// Loads `language_model.*` and `lm_head`.
+    /// Loads `language_model.*` and `lm_head`; its caches are to be of type `kv_dtype`.
     ///
     /// # Errors
     /// A tensor is missing or has another shape.
-    pub fn load(loader: &Loader<'_>, config: &TextConfig) -> Result<Self> {
+    pub fn load(loader: &Loader<'_>, config: &TextConfig, kv_dtype: KvDtype) -> Result<Self> {
         let (v, d) = (config.vocab_size, config.hidden_size);
         let table = [("language_model.embed_tokens.weight".to_owned(), v)];
         // A tied checkpoint may still carry the head; the reference ignores it then.
@@ -84,6 +86,7 @@ impl LanguageModel {
                 .collect::<Result<_>>()?,
             norm: RmsNorm::load(loader, "language_model.norm", d, config.rms_norm_eps)?,
             lm_head,
+            kv_dtype,
             config: config.clone(),
         })
     }
@@ -108,7 +111,12 @@ impl LanguageModel {
 
     /// A cache of `blocks` blocks for this decoder.
     pub fn new_cache(&self, blocks: usize) -> KvCache {
-        KvCache::new(self.layers.len(), self.heads(), blocks)
+        KvCache::new(self.layers.len(), self.heads(), blocks, self.kv_dtype)
+    }
+
+    /// How its caches keep keys and values.
+    pub fn kv_dtype(&self) -> KvDtype {
+        self.kv_dtype
     }
 
     /// Rows of the embedding table, `[ids, D]`.
@@ -195,11 +203,7 @@ impl LanguageModel {
     }
 
     fn heads(&self) -> Heads {
-        Heads {
-            heads: self.config.num_attention_heads,
-            kv_heads: self.config.num_key_value_heads,
-            head_dim: self.config.head_dim,
-        }
+        heads(&self.config)
     }
 
     fn attention_shape(&self, window: Option<usize>) -> AttentionShape {
@@ -327,6 +331,27 @@ impl DecoderLayer {
             .paged_attention(qkv, cache, index, spans, &shape, out);
         None
     }
+}
+
+fn heads(config: &TextConfig) -> Heads {
+    Heads {
+        heads: config.num_attention_heads,
+        kv_heads: config.num_key_value_heads,
+        head_dim: config.head_dim,
+    }
+}
+
+/// The type of the cache where none is asked for: f32 for f32 weights, else bf16.
+pub fn default_kv_dtype(dtype: Dtype) -> KvDtype {
+    match dtype {
+        Dtype::F32 => KvDtype::F32,
+        _ => KvDtype::Bf16,
+    }
+}
+
+/// Bytes of keys and values that all layers keep of a token.
+pub fn kv_bytes_per_token(config: &TextConfig, dtype: KvDtype) -> usize {
+    config.num_hidden_layers * dtype.bytes_per_token(&heads(config))
 }
 
 fn numbered(n: usize) -> Vec<u32> {

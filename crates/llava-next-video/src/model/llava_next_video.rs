@@ -1,18 +1,21 @@
 //! `LlavaNextVideoModel` and `LlavaNextVideoForConditionalGeneration`: all towers together, weights and
 //! arithmetic only. What a request is, how long it may run and which token is picked is the engine's.
 
-use lnv_kernels::{Buffer, Device, KvCache, Ops, Vector};
+use std::cell::{Cell, RefCell};
+
+use lnv_kernels::{Buffer, Device, KvCache, KvDtype, Ops, Vector};
 
 use super::batch::{Batch, DecoderOutput, Keep, Taps};
-use super::language_model::{LanguageModel, OnLayer};
-use super::layers::Loader;
+use super::formats::Formats;
+use super::language_model::{LanguageModel, OnLayer, default_kv_dtype};
+use super::loader::{Loader, Loading, PlannedWeight, Sink};
 use super::merge::{Placeholders, check_counts, placeholder_positions};
 use super::pack::{PackedRow, packed_rows};
 use super::projector::{MultiModalProjector, Pooler};
 use super::vision_tower::VisionTower;
 use super::weights::Checkpoint;
 use crate::config::{
-    CheckpointFiles, Dtype, LlavaNextVideoConfig, RopeOverride, RopeScaling,
+    CheckpointFiles, Dtype, LlavaNextVideoConfig, Quantization, RopeOverride, RopeScaling,
     linear_factor_for_frames,
 };
 use crate::error::{Error, Result};
@@ -21,20 +24,30 @@ use crate::processor::inputs::{ImageInput, ModelInputs, Pixels, VideoInput};
 /// How a checkpoint is to be loaded.
 #[derive(Clone, Copy)]
 pub struct LoadOptions<'a> {
-    /// The type that matrices are kept and multiplied in; `None` for the stored one (`auto`).
+    /// The type that matrices are kept and multiplied in, those that are not quantised; `None` for the
+    /// stored one (`auto`), or bf16 when quantising.
     pub dtype: Option<Dtype>,
+    /// Quantise the weights while loading; `None` leaves them as they are stored.
+    pub quantization: Option<Quantization>,
+    /// The type that keys and values are kept in; `None` for f32 with f32 weights, else bf16.
+    pub kv_cache_dtype: Option<KvDtype>,
     /// Where to compute.
     pub device: Device,
     /// Rotary scaling instead of the configuration's, and the frames that `auto` is to reckon with.
     pub rope: Option<(RopeOverride, usize)>,
     /// Called with `(bytes loaded, bytes in all)`.
-    pub progress: Option<&'a (dyn Fn(usize, usize) + Sync)>,
+    pub progress: Option<OnBytes<'a>>,
 }
+
+/// Called while loading with `(bytes loaded, bytes in all)`.
+pub type OnBytes<'a> = &'a (dyn Fn(usize, usize) + Sync);
 
 impl Default for LoadOptions<'_> {
     fn default() -> Self {
         Self {
             dtype: None,
+            quantization: None,
+            kv_cache_dtype: None,
             device: Device::Cpu,
             rope: None,
             progress: None,
@@ -45,13 +58,36 @@ impl Default for LoadOptions<'_> {
 /// The towers and the decoder (`LlavaNextVideoModel`).
 pub struct LlavaNextVideoModel {
     config: LlavaNextVideoConfig,
-    dtype: Dtype,
+    formats: Formats,
     ops: Ops,
+    weights: Weights,
+}
+
+/// Everything that is loaded.
+struct Weights {
     vision_tower: VisionTower,
     vision_resampler: Pooler,
     multi_modal_projector: MultiModalProjector,
     image_newline: Vector,
     language_model: LanguageModel,
+}
+
+impl Weights {
+    fn load(
+        loader: &Loader<'_>,
+        config: &LlavaNextVideoConfig,
+        kv_dtype: Option<KvDtype>,
+    ) -> Result<Self> {
+        let kv_dtype = kv_dtype.unwrap_or_else(|| default_kv_dtype(loader.dtype()));
+        let d = config.text_config.hidden_size;
+        Ok(Self {
+            vision_tower: VisionTower::load(loader, config)?,
+            vision_resampler: Pooler::load(loader, config)?,
+            multi_modal_projector: MultiModalProjector::load(loader, config)?,
+            image_newline: loader.vector("image_newline", d)?,
+            language_model: LanguageModel::load(loader, &config.text_config, kv_dtype)?,
+        })
+    }
 }
 
 /// Token embeddings with the media merged in, rows of the batch one after another, padding left out.
@@ -112,34 +148,31 @@ impl LlavaNextVideoModel {
         checkpoint: &Checkpoint,
         options: &LoadOptions<'_>,
     ) -> Result<Self> {
+        let formats = Formats::choose(&config, checkpoint, options)?;
         let ops = Ops::new(options.device).map_err(|e| Error::Device(e.to_string()))?;
         apply_rope(&mut config, options.rope);
-        let dtype = options.dtype.unwrap_or_else(|| checkpoint.stored_dtype());
-        let total: usize = checkpoint.tensors().iter().map(|t| t.bytes).sum();
-        let loaded = std::sync::atomic::AtomicUsize::new(0);
-        let progress = |bytes: usize| {
-            let sum = loaded.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed) + bytes;
-            if let Some(report) = options.progress {
-                report(sum.min(total), total);
-            }
-        };
-        let loader = Loader {
-            ops: &ops,
-            checkpoint,
-            dtype,
-            progress: &progress,
-        };
-        let d = config.text_config.hidden_size;
+        if config.packed.is_some() {
+            checkpoint.read_in_background();
+        }
+        let how = (&ops, formats, options.kv_cache_dtype);
+        let weights = load_weights(&config, checkpoint, how, options.progress, None)?;
         Ok(Self {
-            dtype,
-            vision_tower: VisionTower::load(&loader, &config)?,
-            vision_resampler: Pooler::load(&loader, &config)?,
-            multi_modal_projector: MultiModalProjector::load(&loader, &config)?,
-            image_newline: loader.vector("image_newline", d)?,
-            language_model: LanguageModel::load(&loader, &config.text_config)?,
+            weights,
+            formats,
             ops,
             config,
         })
+    }
+
+    /// What loading would make of a checkpoint with this configuration, in the order of loading; reads
+    /// nothing.
+    ///
+    /// # Errors
+    /// A dimension that no format takes.
+    pub fn plan(config: &LlavaNextVideoConfig, formats: Formats) -> Result<Vec<PlannedWeight>> {
+        let weights = RefCell::default();
+        Weights::load(&Loader::plan(formats, &weights), config, None)?;
+        Ok(weights.into_inner())
     }
 
     /// The configuration, with the rotary scaling in force.
@@ -147,9 +180,14 @@ impl LlavaNextVideoModel {
         &self.config
     }
 
-    /// The type that matrices are kept in.
+    /// The type that matrices are kept in, those that are not quantised.
     pub fn dtype(&self) -> Dtype {
-        self.dtype
+        self.formats.dtype
+    }
+
+    /// How the weights are quantised.
+    pub fn quantization(&self) -> Option<Quantization> {
+        self.formats.quantization
     }
 
     /// The device's operations.
@@ -159,19 +197,19 @@ impl LlavaNextVideoModel {
 
     /// The vision tower.
     pub fn vision_tower(&self) -> &VisionTower {
-        &self.vision_tower
+        &self.weights.vision_tower
     }
 
     /// The decoder.
     pub fn language_model(&self) -> &LanguageModel {
-        &self.language_model
+        &self.weights.language_model
     }
 
     /// Bytes of weights in memory.
     pub fn bytes(&self) -> usize {
-        self.vision_tower.bytes()
-            + self.multi_modal_projector.bytes()
-            + self.language_model.bytes().0
+        self.weights.vision_tower.bytes()
+            + self.weights.multi_modal_projector.bytes()
+            + self.weights.language_model.bytes().0
     }
 
     /// The packed features of each image, `[tokens, D]` each, newlines in place.
@@ -185,13 +223,19 @@ impl LlavaNextVideoModel {
     ) -> Result<Vec<Buffer>> {
         self.check_layouts(images)?;
         let tiles: Vec<&Pixels> = images.iter().map(|image| &image.tiles).collect();
-        let selected = self.vision_tower.forward(&self.ops, &tiles, on_picture)?;
-        let projected = self.multi_modal_projector.forward(&self.ops, &selected);
+        let selected = self
+            .weights
+            .vision_tower
+            .forward(&self.ops, &tiles, on_picture)?;
+        let projected = self
+            .weights
+            .multi_modal_projector
+            .forward(&self.ops, &selected);
         let mut first = 0;
         let mut packed = Vec::with_capacity(images.len());
         for image in images {
             packed.push(self.pack(&projected, first, image));
-            first += image.layout.tiles * self.vision_tower.feature_tokens();
+            first += image.layout.tiles * self.weights.vision_tower.feature_tokens();
         }
         Ok(packed)
     }
@@ -206,13 +250,22 @@ impl LlavaNextVideoModel {
         on_picture: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<Vec<Buffer>> {
         let frames: Vec<&Pixels> = videos.iter().map(|video| &video.frames).collect();
-        let selected = self.vision_tower.forward(&self.ops, &frames, on_picture)?;
-        let pooled = self.vision_resampler.forward(&self.ops, &selected)?;
-        let projected = self.multi_modal_projector.forward(&self.ops, &pooled);
+        let selected = self
+            .weights
+            .vision_tower
+            .forward(&self.ops, &frames, on_picture)?;
+        let pooled = self
+            .weights
+            .vision_resampler
+            .forward(&self.ops, &selected)?;
+        let projected = self
+            .weights
+            .multi_modal_projector
+            .forward(&self.ops, &pooled);
         let mut first = 0;
         let mut features = Vec::with_capacity(videos.len());
         for video in videos {
-            let rows = video.frames.count * self.vision_resampler.tokens();
+            let rows = video.frames.count * self.weights.vision_resampler.tokens();
             let mut own = self.ops.buffer(rows, projected.cols());
             self.ops.copy_rows(
                 &projected,
@@ -238,7 +291,7 @@ impl LlavaNextVideoModel {
             .flat_map(|row| row.ids.iter().copied())
             .collect();
         self.check_ids(&ids)?;
-        let mut embeds = self.language_model.embed(&self.ops, &ids);
+        let mut embeds = self.weights.language_model.embed(&self.ops, &ids);
 
         let images: usize = inputs.images.iter().map(|image| image.tiles.count).sum();
         let videos: usize = inputs.videos.iter().map(|video| video.frames.count).sum();
@@ -251,7 +304,7 @@ impl LlavaNextVideoModel {
         let video_lengths: Vec<usize> = inputs
             .videos
             .iter()
-            .map(|video| video.frames.count * self.vision_resampler.tokens())
+            .map(|video| video.frames.count * self.weights.vision_resampler.tokens())
             .collect();
         let places = |id: u32, modality: &'static str, lengths: &[usize]| -> Result<Vec<u32>> {
             if lengths.is_empty() {
@@ -302,7 +355,8 @@ impl LlavaNextVideoModel {
         read: (Keep, Taps),
         on_layer: OnLayer<'_>,
     ) -> Result<DecoderOutput> {
-        self.language_model
+        self.weights
+            .language_model
             .forward(&self.ops, embeds, batch, cache, read, on_layer)
     }
 
@@ -338,7 +392,7 @@ impl LlavaNextVideoModel {
         let mut out = self.ops.buffer(order.len(), projected.cols());
         self.ops.copy_rows(projected, &from, &mut out, &to);
         self.ops
-            .broadcast_row(&self.image_newline, &mut out, &newlines);
+            .broadcast_row(&self.weights.image_newline, &mut out, &newlines);
         out
     }
 
@@ -373,6 +427,49 @@ impl LlavaNextVideoModel {
             ))),
         }
     }
+}
+
+/// Packs all weights and hands each to `sink`, keeping none.
+pub(super) fn write_weights(
+    config: &LlavaNextVideoConfig,
+    checkpoint: &Checkpoint,
+    (ops, formats): (&Ops, Formats),
+    sink: Sink<'_>,
+) -> Result<()> {
+    let how = (ops, formats, None);
+    load_weights(config, checkpoint, how, None, Some(sink)).map(drop)
+}
+
+/// Loads all weights; with a sink, each goes there and the model that comes out is empty.
+fn load_weights(
+    config: &LlavaNextVideoConfig,
+    checkpoint: &Checkpoint,
+    (ops, formats, kv_dtype): (&Ops, Formats, Option<KvDtype>),
+    progress: Option<OnBytes<'_>>,
+    sink: Option<Sink<'_>>,
+) -> Result<Weights> {
+    let plan = LlavaNextVideoModel::plan(config, formats)?;
+    let packed = config.packed.is_some();
+    let stored = |weight: &PlannedWeight| -> usize {
+        match packed {
+            true => checkpoint.stored_bytes(&weight.name),
+            false => weight
+                .tensors
+                .iter()
+                .map(|name| checkpoint.stored_bytes(name))
+                .sum(),
+        }
+    };
+    let total = plan.iter().map(stored).sum();
+    let done = Cell::new(0);
+    let on_bytes = |bytes: usize| {
+        done.set(done.get() + bytes);
+        if let Some(report) = progress {
+            report(done.get(), total);
+        }
+    };
+    let loading = Loading::new(ops, checkpoint, (plan, packed), &on_bytes);
+    Weights::load(&Loader::new(formats, &loading, sink), config, kv_dtype)
 }
 
 fn apply_rope(config: &mut LlavaNextVideoConfig, rope: Option<(RopeOverride, usize)>) {

@@ -4,9 +4,10 @@
 //! A video is pooled **before** it is projected, the order of `get_video_features`: the projector is
 //! not linear, and pooling first leaves it a quarter of the rows.
 
-use lnv_kernels::{Activation, Buffer, Epilogue, Ops, PoolMode, WeightData, WeightPart};
+use lnv_kernels::{Activation, Buffer, Epilogue, Ops, PoolMode};
 
-use super::layers::{Linear, Loader};
+use super::layers::Linear;
+use super::loader::Loader;
 use crate::config::{LlavaNextVideoConfig, SpatialPoolMode};
 use crate::error::{Error, Result};
 
@@ -120,23 +121,18 @@ fn load_conv(loader: &Loader<'_>, config: &LlavaNextVideoConfig) -> Result<Linea
     const NAME: &str = "vision_resampler.pool";
     let (s, c_in) = (config.spatial_pool_stride, config.vision_config.hidden_size);
     let c_out = config.spatial_pool_out_channels.unwrap_or(c_in);
-    let stored = loader
-        .checkpoint
-        .values(&format!("{NAME}.weight"), &[c_out, c_in, s, s])?;
-    let mut matrix = Vec::with_capacity(stored.len() * 4);
-    for out in 0..c_out {
-        for cell in 0..s * s {
-            for channel in 0..c_in {
-                let value = stored[(out * c_in + channel) * s * s + cell];
-                matrix.extend_from_slice(&value.to_le_bytes());
+    let arrange = |stored: &[f32]| {
+        let mut matrix = Vec::with_capacity(stored.len());
+        for out in 0..c_out {
+            for cell in 0..s * s {
+                let place = |channel| (out * c_in + channel) * s * s + cell;
+                matrix.extend((0..c_in).map(|channel| stored[place(channel)]));
             }
         }
-    }
-    let part = WeightPart {
-        data: WeightData::F32(&matrix),
-        n: c_out,
+        matrix
     };
-    let weight = loader.pack(&[part], s * s * c_in)?;
+    let shape = [c_out, c_in, s, s];
+    let weight = loader.reshaped(&format!("{NAME}.weight"), &shape, Some(&arrange))?;
     Ok(Linear::from_parts(
         weight,
         Some(loader.vector(&format!("{NAME}.bias"), c_out)?),

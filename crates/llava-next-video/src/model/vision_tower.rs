@@ -4,10 +4,11 @@
 //! but one, so CLIP's 24th layer costs nothing. The final LayerNorm feeds a pooled output that this
 //! model never reads; it is not loaded. Pictures of another size than `image_size` are refused.
 
-use lnv_kernels::{Buffer, Epilogue, Heads, Ops, PatchGeometry, Vector, WeightPart};
+use lnv_kernels::{Buffer, Epilogue, Heads, Ops, PatchGeometry, Precision, Vector};
 
-use super::layers::{LayerNorm, Linear, Loader};
-use crate::config::{LlavaNextVideoConfig, SelectStrategy, VisionConfig};
+use super::layers::{LayerNorm, Linear};
+use super::loader::Loader;
+use crate::config::{Dtype, LlavaNextVideoConfig, SelectStrategy, VisionConfig};
 use crate::error::{Error, Result};
 use crate::media::ImageSize;
 use crate::processor::inputs::Pixels;
@@ -19,6 +20,8 @@ const PICTURES_PER_PASS: usize = 8;
 /// The transformer, up to the last layer whose output is read.
 pub struct VisionTower {
     config: VisionConfig,
+    /// Of attention: that of the weights.
+    precision: Precision,
     taken: Vec<usize>,
     strategy: SelectStrategy,
     patch_embedding: Linear,
@@ -80,6 +83,10 @@ impl VisionTower {
                 false => None,
             },
             layers,
+            precision: match loader.dtype() {
+                Dtype::F32 => Precision::F32,
+                _ => Precision::Bf16,
+            },
             taken,
             strategy: config.vision_feature_select_strategy,
             config: vision,
@@ -172,7 +179,7 @@ impl VisionTower {
         };
         self.select(ops, &x, 0, n, features, first);
         for (i, layer) in self.layers.iter().enumerate() {
-            layer.forward(ops, &self.config, &mut x, &mut scratch);
+            layer.forward(ops, (&self.config, self.precision), &mut x, &mut scratch);
             self.select(ops, &x, i + 1, n, features, first);
         }
     }
@@ -278,11 +285,7 @@ fn load_patch_embedding(loader: &Loader<'_>, vision: &VisionConfig) -> Result<Li
     const NAME: &str = "vision_tower.embeddings.patch_embedding";
     let (d, p) = (vision.hidden_size, vision.patch_size);
     let shape = [d, vision.num_channels, p, p];
-    let data = loader
-        .checkpoint
-        .tensor(&format!("{NAME}.weight"), &shape)?;
-    let k = vision.num_channels * p * p;
-    let weight = loader.pack(&[WeightPart { data, n: d }], k)?;
+    let weight = loader.reshaped(&format!("{NAME}.weight"), &shape, None)?;
     let bias = match vision.has_class_token() {
         true => None,
         false => Some(loader.vector(&format!("{NAME}.bias"), d)?),
@@ -313,7 +316,13 @@ impl EncoderLayer {
             .sum()
     }
 
-    fn forward(&self, ops: &Ops, config: &VisionConfig, x: &mut Buffer, s: &mut Scratch) {
+    fn forward(
+        &self,
+        ops: &Ops,
+        (config, precision): (&VisionConfig, Precision),
+        x: &mut Buffer,
+        s: &mut Scratch,
+    ) {
         let heads = Heads {
             heads: config.num_attention_heads,
             kv_heads: config.num_attention_heads,
@@ -323,7 +332,8 @@ impl EncoderLayer {
         self.layer_norm1.forward(ops, x, &mut s.normed);
         self.qkv_proj
             .forward(ops, &s.normed, Epilogue::Store(None), &mut s.qkv);
-        ops.full_attention(&s.qkv, config.tokens(), heads, scale, &mut s.attended);
+        let (len, how) = (config.tokens(), (scale, precision));
+        ops.full_attention(&s.qkv, len, heads, how, &mut s.attended);
         self.out_proj.forward(ops, &s.attended, Epilogue::Add, x);
         self.layer_norm2.forward(ops, x, &mut s.normed);
         self.fc1.forward(

@@ -3,13 +3,15 @@
 //! Published files come in four spellings (4.42-4.51, 4.52+, 5.x, and the research code's); a key is
 //! brought to one canonical form when the index is read, and the rest of the program knows no other.
 //! Nothing is copied here: [`WeightData`] borrows the mapped bytes, and packing reads them once.
+//! Weights that are stored packed are used where they lie in the map.
 //! Pickled `.bin` weights are refused: reading one means running the program inside it.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use lnv_kernels::WeightData;
-use memmap2::Mmap;
+use lnv_kernels::{PackedBytes, Weight, WeightData, WeightDtype, packed_len};
+use memmap2::{Advice, Mmap, UncheckedAdvice};
 use safetensors::tensor::{Dtype as StoredDtype, Metadata, SafeTensors};
 
 use crate::config::{CheckpointFiles, Dtype, LlavaNextVideoConfig};
@@ -41,7 +43,7 @@ struct Shard {
 
 #[derive(Debug)]
 enum ShardBytes {
-    Mapped(Mmap),
+    Mapped(Arc<Mmap>),
     Static(&'static [u8]),
 }
 
@@ -50,6 +52,13 @@ impl Shard {
         match &self.bytes {
             ShardBytes::Mapped(map) => map,
             ShardBytes::Static(bytes) => bytes,
+        }
+    }
+
+    fn map(&self) -> Option<Arc<Mmap>> {
+        match &self.bytes {
+            ShardBytes::Mapped(map) => Some(Arc::clone(map)),
+            ShardBytes::Static(_) => None,
         }
     }
 }
@@ -219,12 +228,16 @@ impl Checkpoint {
 
     /// The type that most bytes of the weights are stored in.
     pub fn stored_dtype(&self) -> Dtype {
+        if self.is_synthetic() {
+            return Dtype::Bf16;
+        }
         let mut bytes = [(Dtype::F32, 0), (Dtype::Bf16, 0), (Dtype::F16, 0)];
         for entry in self.entries.values() {
             let slot = match entry.dtype {
+                StoredDtype::F32 => 0,
                 StoredDtype::BF16 => 1,
                 StoredDtype::F16 => 2,
-                _ => 0,
+                _ => continue,
             };
             bytes[slot].1 += entry.end - entry.start;
         }
@@ -232,6 +245,91 @@ impl Checkpoint {
             .into_iter()
             .max_by_key(|(_, n)| *n)
             .map_or(Dtype::F32, |(dtype, _)| dtype)
+    }
+
+    /// The packed weight `name`, `[n, k]`: used where it lies.
+    ///
+    /// # Errors
+    /// It is missing, or its bytes are not those of such a weight; named with its file.
+    pub fn packed(&self, name: &str, (n, k): (usize, usize), dtype: WeightDtype) -> Result<Weight> {
+        let Some(entry) = self.entries.get(name) else {
+            return Err(Error::Checkpoint(format!(
+                "the checkpoint has no packed tensor {name} (in {}): quantise the original again",
+                self.shard_names()
+            )));
+        };
+        let (shard, range) = (&self.shards[entry.shard], entry.start..entry.end);
+        let expected = packed_len(n, k, dtype);
+        if entry.dtype != StoredDtype::U8 || range.len() != expected {
+            return Err(Error::Checkpoint(format!(
+                "tensor {} in {} has {} bytes of {:?}, but a packed matrix [{n}, {k}] of {dtype:?} \
+                 has {expected} of U8: the file is damaged or not of this model; quantise the \
+                 original again",
+                entry.stored_name,
+                shard.name,
+                range.len(),
+                entry.dtype
+            )));
+        }
+        let shared = match &shard.bytes {
+            ShardBytes::Mapped(map) => {
+                PackedBytes::shared(Arc::clone(map) as _, range.clone()).ok()
+            }
+            ShardBytes::Static(_) => None,
+        };
+        // Other programs need not keep the alignment when they rewrite a file.
+        let bytes = shared.unwrap_or_else(|| PackedBytes::copied(&shard.bytes()[range]));
+        Weight::from_packed(n, k, dtype, bytes).map_err(|e| Error::Checkpoint(e.to_string()))
+    }
+
+    /// Bytes of the tensor `name` in its file; 0 where there is none.
+    pub fn stored_bytes(&self, name: &str) -> usize {
+        self.entries.get(name).map_or(0, |e| e.end - e.start)
+    }
+
+    /// True for a checkpoint of random weights.
+    pub fn is_synthetic(&self) -> bool {
+        self.noise.is_some()
+    }
+
+    /// Asks the system to read the tensor `name` from disk, without waiting for it.
+    pub fn will_need(&self, name: &str) {
+        if let Some((map, entry)) = self.mapped(name) {
+            // Advice only: what is refused is read when it is needed.
+            let _ = map.advise_range(Advice::WillNeed, entry.start, entry.end - entry.start);
+        }
+    }
+
+    /// Says that the tensor `name` was read and its pages need not stay in this process. They stay in
+    /// the system's cache of the file while there is room.
+    #[allow(unsafe_code)]
+    pub fn release(&self, name: &str) {
+        if let Some((map, entry)) = self.mapped(name) {
+            let (advice, len) = (UncheckedAdvice::DontNeed, entry.end - entry.start);
+            // SAFETY: the map is shared and read-only, so a page that is dropped holds nothing but the
+            // file's content, and comes back from the file when somebody reads it again.
+            let _ = unsafe { map.unchecked_advise_range(advice, entry.start, len) };
+        }
+    }
+
+    /// Reads every file from disk in the background, from the beginning of the first on.
+    pub fn read_in_background(&self) {
+        let maps: Vec<Arc<Mmap>> = self.shards.iter().filter_map(Shard::map).collect();
+        // Without the thread, pages are read when they are needed.
+        let _ = std::thread::Builder::new()
+            .name("lnv-read".into())
+            .spawn(move || {
+                maps.iter()
+                    .for_each(|map| drop(map.advise(Advice::WillNeed)))
+            });
+    }
+
+    fn mapped(&self, name: &str) -> Option<(&Mmap, &Entry)> {
+        let entry = self.entries.get(name)?;
+        match &self.shards[entry.shard].bytes {
+            ShardBytes::Mapped(map) => Some((map, entry)),
+            ShardBytes::Static(_) => None,
+        }
     }
 
     /// Every tensor, sorted by canonical name.
@@ -343,7 +441,7 @@ fn map_file(path: &Path) -> Result<Shard> {
     let map = unsafe { Mmap::map(&file) }.map_err(|cause| Error::io("map", path, &cause))?;
     Ok(Shard {
         name,
-        bytes: ShardBytes::Mapped(map),
+        bytes: ShardBytes::Mapped(Arc::new(map)),
     })
 }
 

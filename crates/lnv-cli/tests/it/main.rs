@@ -8,6 +8,7 @@ mod chat;
 mod contract;
 mod demo;
 mod hub;
+mod quantize;
 mod refusals;
 mod support;
 mod urls;

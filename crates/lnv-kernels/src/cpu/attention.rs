@@ -19,8 +19,9 @@ use crate::buffer::{Aligned, Buffer};
 use crate::cpu::scratch::{Shared, with};
 use crate::cpu::simd::{Kernel, Simd, launch};
 use crate::cpu::small::{Small, small_product};
+use crate::cpu::widen::{Blocks, Paged, Widened};
 use crate::isa::Isa;
-use crate::kv_cache::{Heads, KV_BLOCK, LayerCache};
+use crate::kv_cache::{Heads, KV_BLOCK, KvDtype, LayerCache};
 use crate::ops::{AttentionShape, Span};
 
 /// Query rows in a tile: four times the six that have their sums in registers.
@@ -50,12 +51,6 @@ pub(crate) fn paged_attention(
             .with_max_len(1)
             .for_each(|index| {
                 let (kv_head, first) = (index / tiles, index % tiles * tile);
-                let blocks = Paged {
-                    cache,
-                    heads,
-                    kv_head,
-                    table: span.blocks,
-                };
                 let queries = first..span.q_len.min(first + tile);
                 let mask = Mask::Causal {
                     before: span.kv_len - span.q_len,
@@ -67,7 +62,22 @@ pub(crate) fn paged_attention(
                     kv_head,
                     mask,
                 };
-                matrices.attend(isa, &rows, &blocks);
+                let table = span.blocks;
+                match cache.record.dtype {
+                    KvDtype::F32 => {
+                        let mut blocks = Paged {
+                            cache,
+                            kv_head,
+                            table,
+                        };
+                        matrices.attend(isa, &rows, &mut blocks);
+                    }
+                    KvDtype::Bf16 | KvDtype::Int8 => {
+                        Widened::with(cache, kv_head, table, |blocks| {
+                            matrices.attend(isa, &rows, blocks);
+                        });
+                    }
+                }
             });
     });
 }
@@ -82,19 +92,20 @@ pub(crate) fn full_attention(
     let tile = (TILE_ROWS / heads.queries_per_kv()).max(1);
     let segments = qkv.rows() / len;
     let matrices = Matrices::new(qkv, heads, scale, out);
-    let block_len = len.div_ceil(KV_BLOCK) * heads.block_len();
+    let block_len = heads.head_dim * KV_BLOCK;
+    let head_len = len.div_ceil(KV_BLOCK) * block_len;
     (0..segments * heads.kv_heads)
         .into_par_iter()
         .with_max_len(1)
         .for_each(|index| {
             let (segment, kv_head) = (index / heads.kv_heads, index % heads.kv_heads);
-            with(&SEGMENT, 2 * block_len, |scratch| {
-                let (keys, values) = scratch.split_at_mut(block_len);
+            with(&SEGMENT, 2 * head_len, |scratch| {
+                let (keys, values) = scratch.split_at_mut(head_len);
                 matrices.pack_segment(segment * len..(segment + 1) * len, kv_head, keys, values);
-                let blocks = Packed {
+                let mut blocks = Packed {
                     keys,
                     values,
-                    block_len: heads.block_len(),
+                    block_len,
                 };
                 for first in (0..len).step_by(tile) {
                     let queries = first..len.min(first + tile);
@@ -104,38 +115,13 @@ pub(crate) fn full_attention(
                         kv_head,
                         mask: Mask::All(len),
                     };
-                    matrices.attend(isa, &rows, &blocks);
+                    matrices.attend(isa, &rows, &mut blocks);
                 }
             });
         });
 }
 
-/// The keys and values of one head.
-trait Blocks: Sync {
-    /// The keys of a block, `[d][KV_BLOCK]`.
-    fn keys(&self, block: usize) -> &[f32];
-    /// The values of a block, `[KV_BLOCK][d]`.
-    fn values(&self, block: usize) -> &[f32];
-}
-
-struct Paged<'a> {
-    cache: &'a LayerCache,
-    heads: &'a Heads,
-    kv_head: usize,
-    table: &'a [u32],
-}
-
-impl Blocks for Paged<'_> {
-    fn keys(&self, block: usize) -> &[f32] {
-        self.cache
-            .key_block(self.heads, self.table[block], self.kv_head)
-    }
-    fn values(&self, block: usize) -> &[f32] {
-        self.cache
-            .value_block(self.heads, self.table[block], self.kv_head)
-    }
-}
-
+/// The keys and values of a segment's head, packed.
 struct Packed<'a> {
     keys: &'a [f32],
     values: &'a [f32],
@@ -143,11 +129,15 @@ struct Packed<'a> {
 }
 
 impl Blocks for Packed<'_> {
+    fn load<S: Simd>(&mut self, _: S, _: usize) {}
     fn keys(&self, block: usize) -> &[f32] {
         &self.keys[block * self.block_len..(block + 1) * self.block_len]
     }
     fn values(&self, block: usize) -> &[f32] {
         &self.values[block * self.block_len..(block + 1) * self.block_len]
+    }
+    fn ahead(&self, block: usize) -> &[f32] {
+        self.keys(block)
     }
 }
 
@@ -207,7 +197,7 @@ impl<'a> Matrices<'a> {
         }
     }
 
-    fn attend<B: Blocks>(&self, isa: Isa, rows: &Rows, blocks: &B) {
+    fn attend<B: Blocks>(&self, isa: Isa, rows: &Rows, blocks: &mut B) {
         let (count, d) = (rows.queries.len() * self.shared, self.heads.head_dim);
         with(&TILE, count * (2 * d + KV_BLOCK + 3), |scratch| {
             let (q, scratch) = scratch.split_at_mut(count * d);
@@ -260,7 +250,7 @@ impl<'a> Matrices<'a> {
         let (keys_at, values_at) = ((heads + kv_head) * d, (heads + kv_heads + kv_head) * d);
         for (j, row) in rows.enumerate() {
             let row = &self.qkv[row * self.cols..][..self.cols];
-            let start = j / KV_BLOCK * self.heads.block_len();
+            let start = j / KV_BLOCK * d * KV_BLOCK;
             let column = keys[start + j % KV_BLOCK..].iter_mut().step_by(KV_BLOCK);
             column
                 .zip(&row[keys_at..keys_at + d])
@@ -287,7 +277,7 @@ struct Tile<'a> {
 struct Attend<'a, B> {
     matrices: &'a Matrices<'a>,
     rows: &'a Rows,
-    blocks: &'a B,
+    blocks: &'a mut B,
     tile: Tile<'a>,
 }
 
@@ -305,6 +295,7 @@ impl<B: Blocks> Kernel for Attend<'_, B> {
         let last = (end - 1) / KV_BLOCK;
         for block in start / KV_BLOCK..=last {
             let keys = KV_BLOCK.min(end - block * KV_BLOCK);
+            self.blocks.load(s, block);
             let scores = Small {
                 a: self.tile.q,
                 a_stride: d,
@@ -324,7 +315,7 @@ impl<B: Blocks> Kernel for Attend<'_, B> {
                 depth: keys,
                 cols: d,
                 next: if block < last {
-                    self.blocks.keys(block + 1)
+                    self.blocks.ahead(block + 1)
                 } else {
                     &[]
                 },

@@ -14,8 +14,9 @@ use crate::buffer::{Aligned, Buffer};
 use crate::cpu::scratch::{Shared, with};
 use crate::cpu::simd::{Kernel, Simd, launch};
 use crate::cpu::small::{Small, small_product};
+use crate::cpu::widen::{Blocks, Paged, Widened};
 use crate::isa::Isa;
-use crate::kv_cache::{KV_BLOCK, LayerCache};
+use crate::kv_cache::{KV_BLOCK, KvDtype, LayerCache};
 use crate::ops::{AttentionShape, Span};
 use crate::reference::visible_keys;
 
@@ -35,6 +36,7 @@ pub(crate) fn paged_attention_eager(
     out: &mut Buffer,
 ) -> Vec<Vec<f32>> {
     let (heads, d) = (shape.heads.heads, shape.heads.head_dim);
+    let shared = shape.heads.queries_per_kv();
     let shared_out = Shared::new(out.host_mut());
     let attend = |span: &Span<'_>| {
         let mut weights = vec![0.0; heads * span.q_len * span.kv_len];
@@ -52,23 +54,33 @@ pub(crate) fn paged_attention_eager(
                 let (o, scores) = scratch.split_at_mut(count * d);
                 let job = Job {
                     qkv,
-                    cache,
                     span,
                     shape,
                     head,
                     queries,
                     out: shared_out,
                 };
-                launch(
-                    isa,
-                    Eager {
-                        job,
-                        weights,
-                        q,
-                        o,
-                        scores,
-                    },
-                );
+                let eager = Eager {
+                    job,
+                    weights,
+                    q,
+                    o,
+                    scores,
+                };
+                let (kv_head, table) = (head / shared, span.blocks);
+                match cache.record.dtype {
+                    KvDtype::F32 => eager.launch(
+                        isa,
+                        &mut Paged {
+                            cache,
+                            kv_head,
+                            table,
+                        },
+                    ),
+                    KvDtype::Bf16 | KvDtype::Int8 => {
+                        Widened::with(cache, kv_head, table, |blocks| eager.launch(isa, blocks));
+                    }
+                }
             });
         });
         weights
@@ -79,7 +91,6 @@ pub(crate) fn paged_attention_eager(
 /// Some queries of one head.
 struct Job<'a> {
     qkv: &'a Buffer,
-    cache: &'a LayerCache,
     span: &'a Span<'a>,
     shape: &'a AttentionShape,
     head: usize,
@@ -98,9 +109,34 @@ struct Eager<'a> {
     scores: &'a mut [f32],
 }
 
-impl Kernel for Eager<'_> {
+impl Eager<'_> {
+    fn launch<B: Blocks>(self, isa: Isa, blocks: &mut B) {
+        launch(
+            isa,
+            Over {
+                eager: self,
+                blocks,
+            },
+        );
+    }
+}
+
+/// A tile and the blocks that it goes through.
+struct Over<'a, B> {
+    eager: Eager<'a>,
+    blocks: &'a mut B,
+}
+
+impl<B: Blocks> Kernel for Over<'_, B> {
     #[inline(always)]
-    fn run<S: Simd>(mut self, s: S) {
+    fn run<S: Simd>(self, s: S) {
+        self.eager.run(s, self.blocks);
+    }
+}
+
+impl Eager<'_> {
+    #[inline(always)]
+    fn run<S: Simd, B: Blocks>(mut self, s: S, from: &mut B) {
         let Job {
             qkv,
             span,
@@ -120,7 +156,8 @@ impl Kernel for Eager<'_> {
         let keys_to = visible_keys(span, queries.end - 1, shape.window).end;
         let blocks = keys_from / KV_BLOCK..keys_to.div_ceil(KV_BLOCK);
         for block in blocks.clone() {
-            self.score(s, block, d);
+            from.load(s, block);
+            self.score(s, block, from.keys(block), d);
         }
         for row in 0..queries.len() {
             let visible = visible_keys(self.job.span, queries.start + row, self.job.shape.window);
@@ -128,7 +165,8 @@ impl Kernel for Eager<'_> {
         }
         self.o.fill(0.0);
         for block in blocks {
-            self.add_values(s, block, d);
+            from.load(s, block);
+            self.add_values(s, block, from.values(block), d);
         }
         let out_cols = self.job.shape.heads.heads * d;
         for (row, o) in self.o.chunks_exact(d).enumerate() {
@@ -144,33 +182,26 @@ impl Kernel for Eager<'_> {
 impl Eager<'_> {
     /// The scaled scores of a block, of invisible keys too.
     #[inline(always)]
-    fn score<S: Simd>(&mut self, s: S, block: usize, d: usize) {
-        let Job {
-            cache,
-            span,
-            shape,
-            head,
-            ..
-        } = &self.job;
-        let (heads, rows) = (&shape.heads, self.q.len() / d);
-        let kv_head = head / heads.queries_per_kv();
+    fn score<S: Simd>(&mut self, s: S, block: usize, keys: &[f32], d: usize) {
+        let Job { span, shape, .. } = &self.job;
+        let rows = self.q.len() / d;
         let product = Small {
             a: self.q,
             a_stride: d,
-            b: cache.key_block(heads, span.blocks[block], kv_head),
+            b: keys,
             b_stride: KV_BLOCK,
             depth: d,
             cols: KV_BLOCK,
             next: &[],
         };
         small_product(s, &product, rows, None, self.scores);
-        let keys = KV_BLOCK.min(span.kv_len - block * KV_BLOCK);
+        let live = KV_BLOCK.min(span.kv_len - block * KV_BLOCK);
         for (scores, row) in self
             .scores
             .chunks_exact(KV_BLOCK)
             .zip(self.weights.chunks_exact_mut(span.kv_len))
         {
-            let row = &mut row[block * KV_BLOCK..][..keys];
+            let row = &mut row[block * KV_BLOCK..][..live];
             for (weight, score) in row.iter_mut().zip(scores) {
                 *weight = score * shape.scale;
             }
@@ -179,20 +210,13 @@ impl Eager<'_> {
 
     /// Adds a block's weighted values to the outputs.
     #[inline(always)]
-    fn add_values<S: Simd>(&mut self, s: S, block: usize, d: usize) {
-        let Job {
-            cache,
-            span,
-            shape,
-            head,
-            ..
-        } = &self.job;
-        let (heads, rows) = (&shape.heads, self.q.len() / d);
-        let kv_head = head / heads.queries_per_kv();
+    fn add_values<S: Simd>(&mut self, s: S, block: usize, values: &[f32], d: usize) {
+        let span = self.job.span;
+        let rows = self.q.len() / d;
         let product = Small {
             a: &self.weights[block * KV_BLOCK..],
             a_stride: span.kv_len,
-            b: cache.value_block(heads, span.blocks[block], kv_head),
+            b: values,
             b_stride: d,
             depth: KV_BLOCK.min(span.kv_len - block * KV_BLOCK),
             cols: d,

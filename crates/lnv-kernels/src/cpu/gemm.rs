@@ -24,7 +24,7 @@ use crate::cpu::scratch::{Shared, with};
 use crate::cpu::simd::{Kernel, Simd};
 use crate::isa::Isa;
 use crate::ops::Epilogue;
-use crate::weight::{PANEL, Panels, Weight, WeightDtype};
+use crate::weight::{PANEL, Weight, WeightDtype};
 
 /// Bytes of a panel between two changes of tile: half the second-level cache stays for nothing
 /// else.
@@ -51,32 +51,13 @@ pub(crate) fn linear(
     finish: (Option<&Vector>, Epilogue),
     out: &mut Buffer,
 ) {
-    match w.panels() {
-        Panels::F32(panels) => {
-            product::<WideF32>(
-                isa,
-                x,
-                (w, bytemuck::cast_slice(panels.as_slice())),
-                finish,
-                out,
-            );
-        }
-        Panels::F16(panels) => {
-            product::<WideF16>(
-                isa,
-                x,
-                (w, bytemuck::cast_slice(panels.as_slice())),
-                finish,
-                out,
-            );
-        }
-        Panels::Bf16(panels) => {
-            let bytes = bytemuck::cast_slice(panels.as_slice());
-            if isa == Isa::Avx512Bf16 {
-                product::<DotBf16>(isa, x, (w, bytes), finish, out);
-            } else {
-                product::<WideBf16>(isa, x, (w, bytes), finish, out);
-            }
+    match w.dtype() {
+        WeightDtype::F32 => product::<WideF32>(isa, x, w, finish, out),
+        WeightDtype::F16 => product::<WideF16>(isa, x, w, finish, out),
+        WeightDtype::Bf16 if isa == Isa::Avx512Bf16 => product::<DotBf16>(isa, x, w, finish, out),
+        WeightDtype::Bf16 => product::<WideBf16>(isa, x, w, finish, out),
+        WeightDtype::Q8 | WeightDtype::Q4 => {
+            crate::reference::linear(x, w, finish.0, finish.1, out);
         }
     }
 }
@@ -84,7 +65,7 @@ pub(crate) fn linear(
 fn product<F: Format>(
     isa: Isa,
     x: &Buffer,
-    (w, bytes): (&Weight, &[u8]),
+    w: &Weight,
     (bias, then): (Option<&Vector>, Epilogue),
     out: &mut Buffer,
 ) {
@@ -112,7 +93,7 @@ fn product<F: Format>(
         let product = Product {
             plan: &plan,
             packed,
-            panels: bytes,
+            panels: w.packed_bytes(),
             bias,
             then,
             out,
@@ -481,6 +462,10 @@ pub(crate) fn spin(isa: Isa, dtype: WeightDtype, times: usize) -> Spun {
         WeightDtype::F16 => Spin::<WideF16>::run_on(isa, times),
         WeightDtype::Bf16 if isa == Isa::Avx512Bf16 => Spin::<DotBf16>::run_on(isa, times),
         WeightDtype::Bf16 => Spin::<WideBf16>::run_on(isa, times),
+        WeightDtype::Q8 | WeightDtype::Q4 => Spun {
+            operations: 0,
+            sum: 0.0,
+        },
     }
 }
 

@@ -11,7 +11,7 @@ use crate::cpu::scratch::Shared;
 use crate::cpu::simd::{Kernel, Simd, launch};
 use crate::cpu::{SERIAL, each_row};
 use crate::isa::Isa;
-use crate::kv_cache::{Heads, KV_BLOCK, LayerCache, Slot};
+use crate::kv_cache::{Heads, LayerCache, Record, Slot};
 
 /// Rotates q and k of every row, then writes k and v to the cache; the shapes fit.
 pub(crate) fn rope_write_kv(
@@ -39,14 +39,14 @@ pub(crate) fn rope_write_kv(
         );
     });
     let qkv = qkv.host();
-    let (keys, values) = (cache.keys.as_mut_slice(), cache.values.as_mut_slice());
+    let (record, data) = (cache.record, Shared::new(cache.data.as_mut_slice()));
     let write = Write {
         qkv,
         cols,
         heads,
         slots,
-        keys: Shared::new(keys),
-        values: Shared::new(values),
+        record,
+        data,
     };
     if qkv.len() <= SERIAL {
         (0..kv_heads).for_each(|kv_head| write.head(kv_head));
@@ -63,8 +63,8 @@ struct Write<'a> {
     cols: usize,
     heads: Heads,
     slots: &'a [Slot],
-    keys: Shared<f32>,
-    values: Shared<f32>,
+    record: Record,
+    data: Shared<u32>,
 }
 
 impl Write<'_> {
@@ -76,18 +76,15 @@ impl Write<'_> {
         } = self.heads;
         let (keys_at, values_at) = ((heads + kv_head) * d, (heads + kv_heads + kv_head) * d);
         for (row, slot) in self.qkv.chunks_exact(self.cols).zip(self.slots) {
-            let (block, offset) = (slot.block as usize, slot.offset as usize);
-            let start = (block * kv_heads + kv_head) * self.heads.block_len();
-            let (keys, values) = (&row[keys_at..][..d], &row[values_at..][..d]);
-            // SAFETY: Ops checked the slots, so all of this head's block is inside the cache; this
+            let (block, len) = (slot.block as usize, self.record.len());
+            // SAFETY: Ops checked the slots, so all of this head's record is inside the cache; this
             // thread alone writes the head.
-            unsafe {
-                for (i, key) in keys.iter().enumerate() {
-                    *self.keys.at(start + i * KV_BLOCK + offset) = *key;
-                }
-                let to = self.values.at(start + offset * d);
-                std::ptr::copy_nonoverlapping(values.as_ptr(), to, d);
-            }
+            let record = unsafe {
+                let start = self.data.at((block * kv_heads + kv_head) * len);
+                std::slice::from_raw_parts_mut(start, len)
+            };
+            let (key, value) = (&row[keys_at..][..d], &row[values_at..][..d]);
+            self.record.write(record, slot.offset as usize, key, value);
         }
     }
 }

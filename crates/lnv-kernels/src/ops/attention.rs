@@ -31,6 +31,16 @@ pub struct AttentionShape {
     pub window: Option<usize>,
 }
 
+/// How attention without a cache multiplies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// In f32.
+    F32,
+    /// Where the processor has the bf16 dot product: queries, keys, values and probabilities rounded
+    /// to bf16, sums and softmax in f32. Elsewhere as `F32`.
+    Bf16,
+}
+
 impl Ops {
     /// Rotates the q and k parts of qkv in place (half-split form), then writes k and v to the
     /// cache. qkv `[t, (heads + 2 kv_heads) * head_dim]`: q | k | v; cos_sin `[t, head_dim]`: the
@@ -142,7 +152,7 @@ impl Ops {
     }
 
     /// Attention, without a mask, of each segment of `len` consecutive rows with itself (a vision
-    /// tower). qkv `[n * len, (heads + 2 kv_heads) * head_dim]`: q | k | v; out
+    /// tower). qkv `[n * len, (heads + 2 kv_heads) * head_dim]`: q | k | v; scores times `scale`; out
     /// `[n * len, heads * head_dim]`.
     ///
     /// # Panics
@@ -152,7 +162,7 @@ impl Ops {
         qkv: &Buffer,
         len: usize,
         heads: Heads,
-        scale: f32,
+        (scale, precision): (f32, Precision),
         out: &mut Buffer,
     ) {
         check_attention("full_attention", qkv, heads, out);
@@ -170,6 +180,7 @@ impl Ops {
             self,
             cpu::attention::full_attention(self.isa, qkv, (len, heads, scale), out)
         );
+        let _ = precision;
         reference::full_attention(qkv, len, heads, scale, out);
     }
 }

@@ -1,40 +1,51 @@
 //! Rotary embedding, cache and attention.
 
-use lnv_kernels::{AttentionShape, Buffer, Heads, KV_BLOCK, KvCache, Ops, Slot, Span};
+use lnv_kernels::{
+    AttentionShape, Buffer, Heads, Isa, KV_BLOCK, KvCache, KvDtype, Ops, Precision, Slot, Span,
+};
 
 use crate::{all, assert_close, assert_same, matrix, noise, oracle};
 
+/// `heads` query heads on `kv_heads` key/value heads of `head_dim` values.
+const fn heads(heads: usize, kv_heads: usize, head_dim: usize) -> Heads {
+    Heads {
+        heads,
+        kv_heads,
+        head_dim,
+    }
+}
+
 const HEADS: [Heads; 5] = [
-    Heads {
-        heads: 4,
-        kv_heads: 4,
-        head_dim: 8,
-    },
-    Heads {
-        heads: 6,
-        kv_heads: 2,
-        head_dim: 18,
-    },
-    Heads {
-        heads: 7,
-        kv_heads: 1,
-        head_dim: 40,
-    },
-    Heads {
-        heads: 2,
-        kv_heads: 2,
-        head_dim: 64,
-    },
-    Heads {
-        heads: 4,
-        kv_heads: 1,
-        head_dim: 128,
-    },
+    heads(4, 4, 8),
+    heads(6, 2, 18),
+    heads(7, 1, 40),
+    heads(2, 2, 64),
+    heads(4, 1, 128),
 ];
+
+/// Those and the other sizes of real towers and decoders, with 7 and 8 queries to a key.
+const MORE_HEADS: [Heads; 4] = [
+    heads(7, 1, 128),
+    heads(8, 1, 64),
+    heads(2, 1, 96),
+    heads(1, 1, 80),
+];
+
+const DTYPES: [KvDtype; 3] = [KvDtype::F32, KvDtype::Bf16, KvDtype::Int8];
+
+/// What attention over values below 1.3 may differ by from the reference over the same cache: the
+/// order of sums, or queries and probabilities that are rounded to 8 bits.
+fn tolerance(ops: &Ops, dtype: KvDtype) -> f32 {
+    match (ops.isa(), dtype) {
+        (Isa::Avx512Bf16, KvDtype::Bf16 | KvDtype::Int8) => 1e-2,
+        _ => 3e-6,
+    }
+}
 
 /// A sequence in a cache, its blocks in disorder among those of another.
 struct Sequence {
     heads: Heads,
+    dtype: KvDtype,
     qkv: Vec<f32>,
     angles: Vec<f32>,
     blocks: Vec<u32>,
@@ -42,7 +53,7 @@ struct Sequence {
 }
 
 impl Sequence {
-    fn new(seed: usize, heads: Heads, len: usize) -> Sequence {
+    fn new(seed: usize, heads: Heads, dtype: KvDtype, len: usize) -> Sequence {
         let qkv = noise(seed, len * heads.qkv_cols())
             .iter()
             .map(|v| v * 1.3)
@@ -55,6 +66,7 @@ impl Sequence {
             .collect();
         Sequence {
             heads,
+            dtype,
             qkv,
             angles,
             blocks,
@@ -62,8 +74,12 @@ impl Sequence {
         }
     }
 
+    fn cols(&self) -> usize {
+        self.heads.heads * self.heads.head_dim
+    }
+
     fn cache(&self) -> KvCache {
-        KvCache::new(2, self.heads, 2 * self.blocks.len())
+        KvCache::new(2, self.heads, 2 * self.blocks.len(), self.dtype)
     }
 
     fn slots(&self, from: usize, to: usize) -> Vec<Slot> {
@@ -118,7 +134,7 @@ impl Sequence {
             }
             let to = self.len.min(from + chunk);
             let qkv = self.write(ops, &mut cache, from, to);
-            let mut out = ops.buffer(to - from, self.heads.heads * self.heads.head_dim);
+            let mut out = ops.buffer(to - from, self.cols());
             let (spans, shape) = ([self.span(0, from, to)], self.shape(window));
             ops.paged_attention(&qkv, &cache, 1, &spans, &shape, &mut out);
             all.extend(ops.download(&out));
@@ -126,12 +142,25 @@ impl Sequence {
         }
         all
     }
+
+    /// The attention of the last `rows` tokens, the others being in the cache.
+    fn last(&self, ops: &Ops, rows: usize, window: Option<usize>) -> Buffer {
+        let mut cache = self.cache();
+        let before = self.len - rows;
+        // What is in the cache is the reference's, so that only attention is compared.
+        self.write(&oracle(), &mut cache, 0, before);
+        let qkv = self.write(&oracle(), &mut cache, before, self.len);
+        let mut out = ops.buffer(rows, self.cols());
+        let (spans, shape) = ([self.span(0, before, self.len)], self.shape(window));
+        ops.paged_attention(&qkv, &cache, 1, &spans, &shape, &mut out);
+        out
+    }
 }
 
 #[test]
 fn rotation_agrees() {
     for heads in HEADS {
-        let sequence = Sequence::new(3, heads, 70);
+        let sequence = Sequence::new(3, heads, KvDtype::F32, 70);
         let expected = sequence.write(&oracle(), &mut sequence.cache(), 0, 70);
         for ops in all() {
             let found = sequence.write(&ops, &mut sequence.cache(), 0, 70);
@@ -142,23 +171,41 @@ fn rotation_agrees() {
 
 #[test]
 fn causal_attention_agrees() {
-    for heads in HEADS {
-        for (len, window) in [
-            (1, None),
-            (5, None),
-            (64, None),
-            (65, Some(1)),
-            (200, None),
-            (201, Some(70)),
+    for heads in HEADS.into_iter().chain(MORE_HEADS) {
+        for (len, rows, window) in [
+            (1, 1, None),
+            (5, 5, None),
+            (64, 64, None),
+            (65, 65, Some(1)),
+            (200, 200, None),
+            (201, 201, Some(70)),
+            (131, 40, None),
+            (333, 7, Some(129)),
         ] {
-            let sequence = Sequence::new(len, heads, len);
-            let cols = heads.heads * heads.head_dim;
-            let expected = sequence.attend(&oracle(), &[len], window);
-            let expected = oracle().upload(len, cols, &expected);
+            for dtype in DTYPES {
+                let sequence = Sequence::new(len, heads, dtype, len);
+                let expected = sequence.last(&oracle(), rows, window);
+                for ops in all() {
+                    let found = sequence.last(&ops, rows, window);
+                    let what = format!("{} {heads:?} {dtype} {rows}/{len} {window:?}", ops.isa());
+                    assert_close(&found, &expected, tolerance(&ops, dtype), &what);
+                }
+            }
+        }
+    }
+}
+
+/// Every number of query rows, so every way to tile them.
+#[test]
+fn any_number_of_rows_agrees() {
+    for heads in [heads(2, 1, 64), heads(1, 1, 128)] {
+        for rows in 1..=70 {
+            let sequence = Sequence::new(rows, heads, KvDtype::Bf16, rows + 90);
+            let expected = sequence.last(&oracle(), rows, None);
             for ops in all() {
-                let found = oracle().upload(len, cols, &sequence.attend(&ops, &[len], window));
-                let what = format!("{} {heads:?} {len} {window:?}", ops.isa());
-                assert_close(&found, &expected, 3e-6, &what);
+                let found = sequence.last(&ops, rows, None);
+                let what = format!("{} {heads:?} {rows}", ops.isa());
+                assert_close(&found, &expected, tolerance(&ops, KvDtype::Bf16), &what);
             }
         }
     }
@@ -166,13 +213,13 @@ fn causal_attention_agrees() {
 
 #[test]
 fn a_prompt_has_the_same_bits_in_every_chunking() {
-    for heads in HEADS {
+    for (heads, dtype) in HEADS.into_iter().flat_map(|h| DTYPES.map(|d| (h, d))) {
         for window in [None, Some(1), Some(50), Some(64), Some(100)] {
-            let sequence = Sequence::new(8, heads, 203);
+            let sequence = Sequence::new(8, heads, dtype, 203);
             for ops in all() {
                 let whole = sequence.attend(&ops, &[203], window);
                 for chunks in [&[1][..], &[64], &[100, 3], &[7, 1, 31], &[202]] {
-                    let what = format!("{} {heads:?} {window:?} {chunks:?}", ops.isa());
+                    let what = format!("{} {heads:?} {dtype} {window:?} {chunks:?}", ops.isa());
                     assert_same(&sequence.attend(&ops, chunks, window), &whole, &what);
                 }
             }
@@ -180,11 +227,42 @@ fn a_prompt_has_the_same_bits_in_every_chunking() {
     }
 }
 
+/// So long that the keys are cut into segments, which threads may take apart.
+#[test]
+fn a_long_prompt_has_the_same_bits_in_every_chunking() {
+    for (heads, dtype) in [heads(2, 2, 16), heads(3, 1, 8)]
+        .into_iter()
+        .flat_map(|h| DTYPES.map(|d| (h, d)))
+    {
+        for window in [None, Some(1500)] {
+            let len = 2500;
+            let sequence = Sequence::new(8, heads, dtype, len);
+            let expected = sequence.last(&oracle(), 40, window);
+            let tail = 40 * sequence.cols();
+            for ops in all().into_iter().filter(|ops| ops.isa() != Isa::Scalar) {
+                let what = format!("{} {heads:?} {dtype} {window:?}", ops.isa());
+                let whole = sequence.attend(&ops, &[len], window);
+                for chunks in [&[2460, 1][..], &[1200, 37]] {
+                    let found = sequence.attend(&ops, chunks, window);
+                    assert_same(&found, &whole, &format!("{what} {chunks:?}"));
+                }
+                let found = ops.upload(40, sequence.cols(), &whole[whole.len() - tail..]);
+                // Rotated here by this instruction set, there by the reference's.
+                let tolerance = 10.0 * tolerance(&ops, dtype);
+                assert_close(&found, &expected, tolerance, &what);
+            }
+        }
+    }
+}
+
 #[test]
 fn a_sequence_has_the_same_bits_in_every_batch() {
-    for heads in HEADS {
-        let (long, short) = (Sequence::new(4, heads, 150), Sequence::new(5, heads, 33));
-        let cols = heads.heads * heads.head_dim;
+    for (heads, dtype) in HEADS.into_iter().flat_map(|h| DTYPES.map(|d| (h, d))) {
+        let (long, short) = (
+            Sequence::new(4, heads, dtype, 150),
+            Sequence::new(5, heads, dtype, 33),
+        );
+        let cols = long.cols();
         for ops in all() {
             let alone = [&long, &short].map(|sequence| {
                 let out = sequence.attend(&ops, &[1], None);
@@ -204,7 +282,7 @@ fn a_sequence_has_the_same_bits_in_every_batch() {
             let mut out = ops.buffer(7, cols);
             let spans = [long.span(0, 147, 150), short.span(4, 30, 33)];
             ops.paged_attention(&qkv, &cache, 1, &spans, &long.shape(None), &mut out);
-            let what = format!("{} {heads:?}", ops.isa());
+            let what = format!("{} {heads:?} {dtype}", ops.isa());
             assert_same(&ops.download_rows(&out, 0..3), &alone[0], &what);
             assert_same(
                 &ops.download_rows(&out, 3..4),
@@ -216,23 +294,83 @@ fn a_sequence_has_the_same_bits_in_every_batch() {
     }
 }
 
+/// What lies in a block beyond the sequence does not matter, be it no number at all.
+#[test]
+fn what_is_beyond_the_sequence_is_not_read() {
+    for (heads, dtype) in HEADS.into_iter().flat_map(|h| DTYPES.map(|d| (h, d))) {
+        for (len, rows) in [(67, 1), (67, 9), (69, 67)] {
+            let sequence = Sequence::new(6, heads, dtype, len);
+            for ops in all() {
+                let expected = sequence.last(&ops, rows, None);
+                let mut cache = sequence.cache();
+                let blocks = &sequence.blocks;
+                let poison = Sequence {
+                    qkv: vec![f32::NAN; blocks.len() * KV_BLOCK * heads.qkv_cols()],
+                    angles: vec![f32::NAN; blocks.len() * KV_BLOCK * heads.head_dim],
+                    blocks: blocks.clone(),
+                    len: blocks.len() * KV_BLOCK,
+                    ..sequence
+                };
+                poison.write(&oracle(), &mut cache, 0, poison.len);
+                sequence.write(&oracle(), &mut cache, 0, len - rows);
+                let qkv = sequence.write(&oracle(), &mut cache, len - rows, len);
+                let mut out = ops.buffer(rows, sequence.cols());
+                let spans = [sequence.span(0, len - rows, len)];
+                ops.paged_attention(&qkv, &cache, 1, &spans, &sequence.shape(None), &mut out);
+                let what = format!("{} {heads:?} {dtype} {rows}/{len}", ops.isa());
+                assert_same(&ops.download(&out), &ops.download(&expected), &what);
+            }
+        }
+    }
+}
+
+/// A block that was copied, in a cache that has grown, serves as the one that it was copied from.
+#[test]
+fn a_copied_block_serves_as_well() {
+    for (heads, dtype) in HEADS.into_iter().flat_map(|h| DTYPES.map(|d| (h, d))) {
+        let sequence = Sequence::new(6, heads, dtype, 97);
+        for ops in all() {
+            let mut cache = sequence.cache();
+            let qkv = sequence.write(&ops, &mut cache, 0, 97);
+            let attend = |cache: &KvCache, blocks: &[u32]| {
+                let mut out = ops.buffer(97, sequence.cols());
+                let span = Span {
+                    blocks,
+                    ..sequence.span(0, 0, 97)
+                };
+                ops.paged_attention(&qkv, cache, 1, &[span], &sequence.shape(None), &mut out);
+                ops.download(&out)
+            };
+            let expected = attend(&cache, &sequence.blocks);
+            cache.grow(9);
+            cache.copy_block(sequence.blocks[1], 8);
+            let found = attend(&cache, &[sequence.blocks[0], 8]);
+            assert_same(
+                &found,
+                &expected,
+                &format!("{} {heads:?} {dtype}", ops.isa()),
+            );
+        }
+    }
+}
+
 #[test]
 fn the_eager_form_agrees_and_returns_the_weights() {
-    for heads in HEADS {
+    for (heads, dtype) in HEADS.into_iter().flat_map(|h| DTYPES.map(|d| (h, d))) {
         for window in [None, Some(20)] {
-            let sequence = Sequence::new(6, heads, 97);
+            let sequence = Sequence::new(6, heads, dtype, 97);
             let shape = sequence.shape(window);
             let mut cache = sequence.cache();
             let qkv = sequence.write(&oracle(), &mut cache, 0, 97);
             let spans = [sequence.span(0, 0, 97)];
-            let mut expected = oracle().buffer(97, heads.heads * heads.head_dim);
+            let mut expected = oracle().buffer(97, sequence.cols());
             let eager = |ops: &Ops, out: &mut Buffer| {
                 ops.paged_attention_eager(&qkv, &cache, 1, &spans, &shape, out)
             };
             let expected_weights = eager(&oracle(), &mut expected);
             for ops in all() {
-                let what = format!("{} {heads:?} {window:?}", ops.isa());
-                let mut out = ops.buffer(97, heads.heads * heads.head_dim);
+                let what = format!("{} {heads:?} {dtype} {window:?}", ops.isa());
+                let mut out = ops.buffer(97, sequence.cols());
                 let weights = eager(&ops, &mut out);
                 assert_close(&out, &expected, 3e-6, &what);
                 assert_eq!(weights.len(), 1);
@@ -255,8 +393,8 @@ fn the_eager_form_has_the_same_bits_in_every_chunking() {
         .into_iter()
         .flat_map(|h| [None, Some(70)].map(|w| (h, w)))
     {
-        let sequence = Sequence::new(2, heads, 203);
-        let (cols, shape) = (heads.heads * heads.head_dim, sequence.shape(window));
+        let sequence = Sequence::new(2, heads, KvDtype::F32, 203);
+        let (cols, shape) = (sequence.cols(), sequence.shape(window));
         for ops in all() {
             let mut cache = sequence.cache();
             let qkv = sequence.write(&ops, &mut cache, 0, 203);
@@ -283,19 +421,51 @@ fn the_eager_form_has_the_same_bits_in_every_chunking() {
 
 #[test]
 fn bidirectional_attention_agrees() {
-    for heads in HEADS {
-        for (len, segments) in [(1, 3), (5, 1), (17, 2), (64, 1), (145, 2)] {
+    for heads in HEADS.into_iter().chain(MORE_HEADS).chain([
+        heads(2, 2, 72),
+        heads(1, 1, 7),
+        heads(2, 1, 33),
+    ]) {
+        for (len, segments) in [(1, 3), (5, 1), (17, 2), (64, 1), (145, 2), (200, 1)] {
             let qkv = matrix(len, len * segments, heads.qkv_cols());
             let scale = 1.0 / (heads.head_dim as f32).sqrt();
             let cols = heads.heads * heads.head_dim;
             let mut expected = oracle().buffer(len * segments, cols);
-            oracle().full_attention(&qkv, len, heads, scale, &mut expected);
+            let exact = (scale, Precision::F32);
+            oracle().full_attention(&qkv, len, heads, exact, &mut expected);
             for ops in all() {
-                let mut out = ops.buffer(len * segments, cols);
-                ops.full_attention(&qkv, len, heads, scale, &mut out);
-                let what = format!("{} {heads:?} {segments}x{len}", ops.isa());
-                assert_close(&out, &expected, 3e-6, &what);
+                for (precision, dtype) in [
+                    (Precision::F32, KvDtype::F32),
+                    (Precision::Bf16, KvDtype::Bf16),
+                ] {
+                    let mut out = ops.buffer(len * segments, cols);
+                    ops.full_attention(&qkv, len, heads, (scale, precision), &mut out);
+                    let what = format!("{} {heads:?} {precision:?} {segments}x{len}", ops.isa());
+                    assert_close(&out, &expected, tolerance(&ops, dtype), &what);
+                }
             }
+        }
+    }
+}
+
+/// A segment has the same bits whatever segments are beside it.
+#[test]
+fn a_picture_has_the_same_bits_in_every_batch() {
+    let (heads, len) = (heads(2, 2, 64), 145);
+    let cols = heads.heads * heads.head_dim;
+    for ops in all() {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let attend = |qkv: &Buffer| {
+                let mut out = ops.buffer(qkv.rows(), cols);
+                ops.full_attention(qkv, len, heads, (0.125, precision), &mut out);
+                ops.download(&out)
+            };
+            let qkv = matrix(4, 3 * len, heads.qkv_cols());
+            let second = ops.download_rows(&qkv, len..2 * len);
+            let second = ops.upload(len, heads.qkv_cols(), &second);
+            let expected = attend(&second);
+            let found = &attend(&qkv)[len * cols..2 * len * cols];
+            assert_same(found, &expected, &format!("{} {precision:?}", ops.isa()));
         }
     }
 }
@@ -303,23 +473,47 @@ fn bidirectional_attention_agrees() {
 /// Large scores: the maximum must be subtracted, and far keys must vanish, not overflow.
 #[test]
 fn extreme_scores_stay_finite() {
-    let heads = Heads {
-        heads: 1,
-        kv_heads: 1,
-        head_dim: 16,
-    };
+    let heads = heads(1, 1, 16);
     let qkv: Vec<f32> = noise(1, 130 * heads.qkv_cols())
         .iter()
         .map(|v| v * 60.0)
         .collect();
     for ops in all() {
-        let qkv = ops.upload(130, heads.qkv_cols(), &qkv);
-        let mut out = ops.buffer(130, 16);
-        ops.full_attention(&qkv, 130, heads, 1.0, &mut out);
-        assert!(
-            ops.download(&out).iter().all(|v| v.abs() <= 60.0),
-            "{}",
-            ops.isa()
-        );
+        for precision in [Precision::F32, Precision::Bf16] {
+            let qkv = ops.upload(130, heads.qkv_cols(), &qkv);
+            let mut out = ops.buffer(130, 16);
+            ops.full_attention(&qkv, 130, heads, (1.0, precision), &mut out);
+            assert!(
+                ops.download(&out).iter().all(|v| v.abs() <= 60.1),
+                "{} {precision:?}",
+                ops.isa()
+            );
+        }
+    }
+}
+
+/// Scores that grow along the keys, from far below to far above: the reference point of the
+/// exponents moves again and again.
+#[test]
+fn growing_scores_agree() {
+    for dtype in DTYPES {
+        let heads = heads(1, 1, 16);
+        let mut sequence = Sequence::new(9, heads, dtype, 300);
+        for (i, row) in sequence.qkv.chunks_exact_mut(heads.qkv_cols()).enumerate() {
+            row[..16].fill(4.0);
+            row[16..32].fill(i as f32 / 4.0 - 40.0);
+        }
+        for angles in sequence.angles.chunks_exact_mut(16) {
+            angles[..8].fill(1.0);
+            angles[8..].fill(0.0);
+        }
+        for (rows, window) in [(300, None), (5, None), (60, Some(90))] {
+            let expected = sequence.last(&oracle(), rows, window);
+            for ops in all() {
+                let found = sequence.last(&ops, rows, window);
+                let what = format!("{} {dtype} {rows} {window:?}", ops.isa());
+                assert_close(&found, &expected, 2.0 * tolerance(&ops, dtype), &what);
+            }
+        }
     }
 }

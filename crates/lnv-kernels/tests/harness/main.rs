@@ -5,6 +5,7 @@
 
 mod attention;
 mod linear;
+mod quantised;
 mod rows;
 
 use lnv_kernels::{Buffer, Isa, Ops, Vector};

@@ -1,0 +1,116 @@
+//! How weights are quantised: what may be asked for, and what a checkpoint says it holds.
+//!
+//! `quantization_config` with `quant_method` "lnv" describes a directory that `lnv quantize` wrote: its
+//! matrices are stored as the kernels read them. The layout has a version; another one is refused by
+//! name rather than misread, as is every other method.
+
+use super::fields::Fields;
+use super::model::Dtype;
+use crate::error::Result;
+
+/// The version of the packed layout that this program writes and reads.
+pub const PACKED_VERSION: usize = 1;
+
+/// The key of `config.json`.
+const KEY: &str = "quantization_config";
+
+/// A way to quantise weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quantization {
+    /// 8-bit weights and activations.
+    Q8,
+    /// 4-bit weights in groups of 64, 8-bit activations; the vision tower as with [`Quantization::Q8`].
+    Q4,
+}
+
+impl Quantization {
+    /// Every way, the usual settings of each.
+    pub const ALL: [Self; 2] = [Self::Q8, Self::Q4];
+
+    /// The name that the command line and `config.json` use.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Q8 => "q8",
+            Self::Q4 => "q4",
+        }
+    }
+}
+
+/// What a packed checkpoint holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PackedFormat {
+    /// The format of the quantised matrices.
+    pub quantization: Quantization,
+    /// The type of everything else.
+    pub dense: Dtype,
+}
+
+impl PackedFormat {
+    /// The `quantization_config` that describes it.
+    pub fn to_json(self) -> serde_json::Value {
+        serde_json::json!({
+            "quant_method": "lnv",
+            "version": PACKED_VERSION,
+            "format": self.quantization.name(),
+            "dense": self.dense.name(),
+        })
+    }
+}
+
+/// Reads `quantization_config`, where there is one.
+///
+/// # Errors
+/// A method, version or format that this program does not know, named.
+pub(super) fn read_packed(fields: &Fields<'_>) -> Result<Option<PackedFormat>> {
+    let Some(fields) = fields.object(KEY, KEY)? else {
+        return Ok(None);
+    };
+    match fields.text("quant_method")? {
+        Some("lnv") => {}
+        other => {
+            let method = other.unwrap_or("unknown");
+            return Err(fields.complain(
+                "quant_method",
+                &format!(
+                    "says the weights are quantised with {method:?}, which is not supported: use \
+                     the checkpoint in bf16, f16 or f32"
+                ),
+            ));
+        }
+    }
+    let version = fields.size("version", 0, 0..=usize::MAX >> 11)?;
+    if version != PACKED_VERSION {
+        return Err(fields.complain(
+            "version",
+            &format!(
+                "is {version}, and this program reads version {PACKED_VERSION} of its packed \
+                 weights: quantise the original checkpoint again with `lnv quantize`"
+            ),
+        ));
+    }
+    let quantization = match fields.text("format")?.unwrap_or("missing") {
+        "q8" => Quantization::Q8,
+        "q4" => Quantization::Q4,
+        other => {
+            return Err(fields.complain(
+                "format",
+                &format!("is {other:?}; this program knows \"q8\" and \"q4\""),
+            ));
+        }
+    };
+    let dense = match fields.text("dense")?.unwrap_or("missing") {
+        "f32" => Dtype::F32,
+        "bf16" => Dtype::Bf16,
+        "f16" => Dtype::F16,
+        other => {
+            return Err(fields.complain(
+                "dense",
+                &format!("is {other:?}; this program knows \"f32\", \"bf16\" and \"f16\""),
+            ));
+        }
+    };
+    Ok(Some(PackedFormat {
+        quantization,
+        dense,
+    }))
+}

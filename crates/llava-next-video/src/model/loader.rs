@@ -1,0 +1,362 @@
+//! Weights on their way from a checkpoint into a model: what every `load` is given.
+//!
+//! Decision: the `load` functions are the only list of a model's weights. The same functions load it,
+//! plan it (names, formats and bytes, with nothing read) and write it (each weight packed, written and
+//! let go), depending on what the [`Loader`] was made for; so the three cannot disagree.
+//!
+//! Loading streams: a tensor's pages are asked for while earlier ones are packed, read once, and given
+//! back. A quantised load peaks near its own size, whatever the size of the checkpoint.
+//!
+//! Matrices that read the same input are packed as one. Such a weight is called after its parts:
+//! `language_model.layers.0.self_attn.q_proj+k_proj+v_proj.weight`.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+
+use lnv_kernels::{Ops, PackedBytes, Vector, Weight, WeightData, WeightDtype, WeightPart};
+
+use super::formats::{Formats, empty_weight, is_float};
+use super::weights::Checkpoint;
+use crate::config::Dtype;
+use crate::error::{Error, Result};
+
+/// Bytes of tensors that are asked for before they are needed.
+const READ_AHEAD: usize = 256 << 20;
+
+/// What every `load` is given.
+#[derive(Clone, Copy)]
+pub struct Loader<'a> {
+    formats: Formats,
+    work: Work<'a>,
+}
+
+#[derive(Clone, Copy)]
+enum Work<'a> {
+    /// Weights are noted; the model that comes out is empty.
+    Plan(&'a RefCell<Vec<PlannedWeight>>),
+    /// Weights are kept.
+    Load(&'a Loading<'a>),
+    /// Weights go to the sink, in the plan's order; the model that comes out is empty.
+    Write(&'a Loading<'a>, Sink<'a>),
+}
+
+/// Takes a weight's name and bytes.
+pub type Sink<'a> = &'a dyn Fn(&str, &[u8]) -> Result<()>;
+
+/// A weight that loading would make.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlannedWeight {
+    /// What it is called: the canonical name of its tensor, or of all its tensors together.
+    pub name: String,
+    /// Dimensions: `[n, k]` of a matrix.
+    pub shape: Vec<usize>,
+    /// The format of a matrix; `None` for what is kept as single values.
+    pub format: Option<WeightDtype>,
+    /// Bytes when written: packed, or in the model's type.
+    pub bytes: usize,
+    /// The tensors that it is made of, by canonical name.
+    pub tensors: Vec<String>,
+}
+
+/// What loading and writing share.
+pub(super) struct Loading<'a> {
+    pub(super) ops: &'a Ops,
+    pub(super) checkpoint: &'a Checkpoint,
+    /// The checkpoint holds packed weights.
+    pub(super) packed: bool,
+    /// All weights, in the order of loading.
+    pub(super) plan: Vec<PlannedWeight>,
+    /// How many were loaded, and how many were asked for.
+    progress: Cell<(usize, usize)>,
+    /// Called with the bytes of the checkpoint that were read.
+    on_bytes: &'a dyn Fn(usize),
+    /// Quantised weights of a synthetic checkpoint, by the rows of their parts.
+    twins: RefCell<HashMap<Twin, Weight>>,
+}
+
+/// Random weights of these rows, columns and format are alike.
+type Twin = (Vec<usize>, usize, WeightDtype);
+
+impl<'a> Loading<'a> {
+    pub(super) fn new(
+        ops: &'a Ops,
+        checkpoint: &'a Checkpoint,
+        (plan, packed): (Vec<PlannedWeight>, bool),
+        on_bytes: &'a dyn Fn(usize),
+    ) -> Self {
+        Self {
+            ops,
+            checkpoint,
+            packed,
+            plan,
+            progress: Cell::default(),
+            on_bytes,
+            twins: RefCell::default(),
+        }
+    }
+
+    /// Asks for the next weights' pages.
+    fn begin(&self) {
+        let (loaded, mut asked) = self.progress.get();
+        let bytes = |weight: &PlannedWeight| -> usize {
+            let stored = |name: &String| self.checkpoint.stored_bytes(name);
+            weight.tensors.iter().map(stored).sum()
+        };
+        let behind = asked.max(loaded);
+        let mut ahead: usize = self.plan[loaded..behind].iter().map(bytes).sum();
+        while ahead < READ_AHEAD && asked < self.plan.len() && !self.packed {
+            ahead += bytes(&self.plan[asked]);
+            for name in &self.plan[asked].tensors {
+                self.checkpoint.will_need(name);
+            }
+            asked += 1;
+        }
+        self.progress.set((loaded + 1, asked));
+    }
+
+    /// Gives the pages of tensors back that were read.
+    fn end<'n>(&self, tensors: impl Iterator<Item = &'n str>) {
+        for name in tensors {
+            (self.on_bytes)(self.checkpoint.stored_bytes(name));
+            if !self.packed {
+                self.checkpoint.release(name);
+            }
+        }
+    }
+
+    /// The matrix, packed.
+    fn matrix(&self, matrix: &Matrix<'_>, format: WeightDtype) -> Result<Weight> {
+        self.begin();
+        let weight = if self.packed {
+            let (n, k) = (matrix.n(), matrix.k);
+            self.checkpoint.packed(&matrix.name(), (n, k), format)?
+        } else {
+            self.pack(matrix, format)?
+        };
+        match self.packed {
+            true => self.end(std::iter::once(matrix.name().as_str())),
+            false => self.end(matrix.parts.iter().map(|part| part.name.as_str())),
+        }
+        Ok(weight)
+    }
+
+    fn pack(&self, matrix: &Matrix<'_>, format: WeightDtype) -> Result<Weight> {
+        let rows: Vec<usize> = matrix.parts.iter().map(|part| part.n).collect();
+        let twin = (rows, matrix.k, format);
+        let copied = self.checkpoint.is_synthetic() && !is_float(format);
+        if copied && let Some(weight) = self.twins.borrow().get(&twin) {
+            let packed = PackedBytes::copied(weight.packed_bytes());
+            let weight = Weight::from_packed(weight.n(), weight.k(), format, packed);
+            return weight.map_err(|e| Error::Checkpoint(e.to_string()));
+        }
+        let mut parts = Vec::with_capacity(matrix.parts.len());
+        for part in &matrix.parts {
+            let data = self.checkpoint.tensor(&part.name, &part.shape)?;
+            parts.push(WeightPart { data, n: part.n });
+        }
+        let arranged: Vec<u8>;
+        if let Some(arrange) = matrix.arrange {
+            let values = arrange(&super::weights::widen(parts[0].data));
+            arranged = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            parts[0].data = WeightData::F32(&arranged);
+        }
+        let weight = self
+            .ops
+            .pack(&parts, matrix.k, format)
+            .map_err(|e| Error::Checkpoint(e.to_string()))?;
+        if copied {
+            self.twins.borrow_mut().insert(twin, weight.clone());
+        }
+        Ok(weight)
+    }
+
+    /// The values of a tensor, rounded to the model's type.
+    fn values(&self, name: &str, shape: &[usize], dtype: Dtype) -> Result<Vec<f32>> {
+        self.begin();
+        let mut values = self.checkpoint.values(name, shape)?;
+        round(&mut values, dtype);
+        self.end(std::iter::once(name));
+        Ok(values)
+    }
+}
+
+/// A matrix of a model, made of one tensor or of several one under the other.
+struct Matrix<'s> {
+    parts: Vec<MatrixPart>,
+    k: usize,
+    /// Brings the values of the only part into the order of the matrix.
+    arrange: Option<Arrange<'s>>,
+}
+
+/// From a tensor's values to those of a matrix.
+type Arrange<'s> = &'s dyn Fn(&[f32]) -> Vec<f32>;
+
+struct MatrixPart {
+    name: String,
+    shape: Vec<usize>,
+    n: usize,
+}
+
+impl Matrix<'_> {
+    fn n(&self) -> usize {
+        self.parts.iter().map(|part| part.n).sum()
+    }
+
+    /// `a.b.q_proj.weight`, `a.b.k_proj.weight` to `a.b.q_proj+k_proj.weight`.
+    fn name(&self) -> String {
+        const SUFFIX: &str = ".weight";
+        let stems = self.parts.iter().map(|part| {
+            let stem = part.name.strip_suffix(SUFFIX);
+            stem.unwrap_or(&part.name)
+        });
+        let mut name = String::new();
+        for stem in stems {
+            match name.is_empty() {
+                true => name += stem,
+                false => {
+                    name += "+";
+                    name += stem.rsplit('.').next().unwrap_or(stem);
+                }
+            }
+        }
+        name + SUFFIX
+    }
+}
+
+impl<'a> Loader<'a> {
+    /// A loader that notes what would be loaded.
+    pub(super) fn plan(formats: Formats, weights: &'a RefCell<Vec<PlannedWeight>>) -> Self {
+        let work = Work::Plan(weights);
+        Self { formats, work }
+    }
+
+    /// A loader that loads; with a sink, one that writes.
+    pub(super) fn new(formats: Formats, loading: &'a Loading<'a>, sink: Option<Sink<'a>>) -> Self {
+        let work = match sink {
+            None => Work::Load(loading),
+            Some(sink) => Work::Write(loading, sink),
+        };
+        Self { formats, work }
+    }
+
+    /// The type of what is not quantised.
+    pub fn dtype(&self) -> Dtype {
+        self.formats.dtype
+    }
+
+    /// The matrices `names`, each `(name, rows)` with `k` columns, packed one under the other.
+    pub fn matrix(&self, names: &[(String, usize)], k: usize) -> Result<Weight> {
+        let part = |(name, n): &(String, usize)| MatrixPart {
+            name: name.clone(),
+            shape: vec![*n, k],
+            n: *n,
+        };
+        self.load(&Matrix {
+            parts: names.iter().map(part).collect(),
+            k,
+            arrange: None,
+        })
+    }
+
+    /// The tensor `name` of `shape` as a matrix of `shape[0]` rows: as its values lie, or as `arrange`
+    /// brings them into order.
+    pub fn reshaped(
+        &self,
+        name: &str,
+        shape: &[usize],
+        arrange: Option<Arrange<'_>>,
+    ) -> Result<Weight> {
+        let part = MatrixPart {
+            name: name.to_owned(),
+            shape: shape.to_vec(),
+            n: shape[0],
+        };
+        self.load(&Matrix {
+            parts: vec![part],
+            k: shape[1..].iter().product(),
+            arrange,
+        })
+    }
+
+    fn load(&self, matrix: &Matrix<'_>) -> Result<Weight> {
+        let (name, k) = (matrix.name(), matrix.k);
+        let format = self.formats.of(&name, k);
+        let empty = || {
+            let none = || Error::Checkpoint(format!("{name} has rows of {k} values: too many"));
+            empty_weight(k, format).ok_or_else(none)
+        };
+        match self.work {
+            Work::Load(loading) => loading.matrix(matrix, format),
+            Work::Write(loading, sink) => {
+                sink(&name, loading.matrix(matrix, format)?.packed_bytes())?;
+                empty()
+            }
+            Work::Plan(weights) => {
+                let weight = empty()?;
+                weights.borrow_mut().push(PlannedWeight {
+                    shape: vec![matrix.n(), k],
+                    format: Some(format),
+                    bytes: lnv_kernels::packed_len(matrix.n(), k, format),
+                    tensors: matrix.parts.iter().map(|part| part.name.clone()).collect(),
+                    name,
+                });
+                Ok(weight)
+            }
+        }
+    }
+
+    /// A vector of `n` values, rounded to the model's type as the reference keeps it.
+    pub fn vector(&self, name: &str, n: usize) -> Result<Vector> {
+        Ok(Vector::new(self.rounded(name, &[n])?))
+    }
+
+    /// The values of any tensor, rounded to the model's type.
+    pub fn rounded(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let dtype = self.formats.dtype;
+        match self.work {
+            Work::Load(loading) => loading.values(name, shape, dtype),
+            Work::Write(loading, sink) => {
+                let values = loading.values(name, shape, dtype)?;
+                sink(name, &narrow(&values, dtype))?;
+                Ok(Vec::new())
+            }
+            Work::Plan(weights) => {
+                weights.borrow_mut().push(PlannedWeight {
+                    name: name.to_owned(),
+                    shape: shape.to_vec(),
+                    format: None,
+                    bytes: dtype.size() * shape.iter().product::<usize>(),
+                    tensors: vec![name.to_owned()],
+                });
+                Ok(Vec::new())
+            }
+        }
+    }
+}
+
+/// Rounds values to a type.
+fn round(values: &mut [f32], dtype: Dtype) {
+    match dtype {
+        Dtype::F32 => {}
+        Dtype::Bf16 => values
+            .iter_mut()
+            .for_each(|x| *x = half::bf16::from_f32(*x).to_f32()),
+        Dtype::F16 => values
+            .iter_mut()
+            .for_each(|x| *x = half::f16::from_f32(*x).to_f32()),
+    }
+}
+
+/// Values as little-endian bytes of a type.
+fn narrow(values: &[f32], dtype: Dtype) -> Vec<u8> {
+    let values = values.iter();
+    match dtype {
+        Dtype::F32 => values.flat_map(|x| x.to_le_bytes()).collect(),
+        Dtype::Bf16 => values
+            .flat_map(|x| half::bf16::from_f32(*x).to_le_bytes())
+            .collect(),
+        Dtype::F16 => values
+            .flat_map(|x| half::f16::from_f32(*x).to_le_bytes())
+            .collect(),
+    }
+}

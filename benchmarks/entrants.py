@@ -120,10 +120,13 @@ class LlamaCpp(Entrant):
         if not self.setup.llamacpp.exists():
             raise Skip(f"no program {self.setup.llamacpp}: benchmarks/peers/llamacpp/build.sh {self.setup.llamacpp.parent}")
         if not (self.folder / "mmproj-f16.gguf").exists():
-            if not Path(self.setup.openvino_python).exists():
-                raise Skip(f"no Python {self.setup.openvino_python} with gguf to convert the checkpoint")
-            convert = HERE / "peers" / "llamacpp" / "convert.py"
-            self.setup.make([self.setup.openvino_python, convert, self.setup.checkpoint, self.folder])
+            self.convert()
+
+    def convert(self):
+        if not Path(self.setup.openvino_python).exists():
+            raise Skip(f"no Python {self.setup.openvino_python} with gguf to convert the checkpoint")
+        script = HERE / "peers" / "llamacpp" / "convert.py"
+        self.setup.make([self.setup.openvino_python, script, self.setup.checkpoint, self.folder])
 
 
 class LlamaCppText(LlamaCpp):
@@ -136,7 +139,10 @@ class LlamaCppText(LlamaCpp):
         super().prepare()
         if not self.model.exists():
             part = self.model.with_suffix(".part")
+            # Needed for quantising only: it may have been deleted to save space.
             source = self.folder / "text-bf16.gguf"
+            if not source.exists():
+                self.convert()
             self.setup.make([self.setup.llamacpp, "quantize", source, part, self.kind, str(self.setup.threads)])
             part.rename(self.model)
 

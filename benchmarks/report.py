@@ -113,7 +113,7 @@ def markdown(run):
     parts = [
         f"# Benchmark of {run['date']}",
         f"{setup.frames} frames of noise and a prompt of {run['tokens']} tokens; the 7B's dimensions with {run['layers']} text layers and random "
-        f"weights. {len(run['rounds'])} rounds in which everyone takes a turn; a turn is one process with {setup.runs} runs after a warm-up, of "
+        f"weights. Rounds: {len(run['rounds'])}; in each everyone takes a turn. A turn is one process with {setup.runs} runs after a warm-up, of "
         "which the best counts. A figure is the **median** over the rounds, then the smallest and the largest. `benchmarks/README.md` says "
         "what the stages are and how to read this.",
         "## Machine",
@@ -123,7 +123,7 @@ def markdown(run):
         "## Stages",
         stages(turns, entrants),
         "GFLOP/s is the work that the task needs, as `lnv bench` counts it, by the median time; work done beyond that does not count. "
-        "\"First token\" is vision and prefill without loading.",
+        "\"First token\" is vision and prefill without loading. llama.cpp's tower has a turn of its own, whose time stands with each of its decoders.",
         "## How many times as fast as the peers",
         "Time of the peer by ours, in each round; above 1 ours is faster. Formats of about equally many bits.",
         ratios(turns, entrants),

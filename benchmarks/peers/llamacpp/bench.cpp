@@ -178,9 +178,11 @@ static int vision(char ** args) {
 int main(int argc, char ** argv) {
     const std::string mode = argc > 1 ? argv[1] : "";
     // What it says about loading goes to stderr; errors only, to keep that short.
-    llama_log_set([](ggml_log_level level, const char * text, void *) {
+    const auto errors = [](ggml_log_level level, const char * text, void *) {
         if (level == GGML_LOG_LEVEL_ERROR) fputs(text, stderr);
-    }, nullptr);
+    };
+    llama_log_set(errors, nullptr);
+    mtmd_log_set(errors, nullptr);
     llama_backend_init();
     if (mode == "quantize" && argc == 6) return quantize(argv + 2);
     if (mode == "text" && argc == 9) return text(argv + 2);

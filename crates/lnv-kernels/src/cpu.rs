@@ -15,6 +15,7 @@ pub(crate) mod gemm;
 pub(crate) mod int;
 pub(crate) mod norm;
 pub(crate) mod pack;
+pub(crate) mod quantise;
 pub(crate) mod quantised;
 pub(crate) mod rope;
 pub(crate) mod scratch;

@@ -54,13 +54,13 @@ pub enum WeightData<'a> {
 }
 
 impl<'a> WeightData<'a> {
-    fn bytes(&self) -> &'a [u8] {
+    pub(crate) fn bytes(&self) -> &'a [u8] {
         match self {
             WeightData::F32(bytes) | WeightData::Bf16(bytes) | WeightData::F16(bytes) => bytes,
         }
     }
 
-    fn dtype(&self) -> WeightDtype {
+    pub(crate) fn dtype(&self) -> WeightDtype {
         match self {
             WeightData::F32(_) => WeightDtype::F32,
             WeightData::Bf16(_) => WeightDtype::Bf16,
@@ -68,14 +68,14 @@ impl<'a> WeightData<'a> {
         }
     }
 
-    fn value_size(&self) -> usize {
+    pub(crate) fn value_size(&self) -> usize {
         match self {
             WeightData::F32(_) => 4,
             WeightData::Bf16(_) | WeightData::F16(_) => 2,
         }
     }
 
-    fn row(&self, row: usize, k: usize) -> WeightData<'a> {
+    pub(crate) fn row(&self, row: usize, k: usize) -> WeightData<'a> {
         let size = self.value_size() * k;
         let range = row * size..(row + 1) * size;
         match self {
@@ -249,7 +249,7 @@ fn panel_len(k: usize, dtype: WeightDtype) -> usize {
 }
 
 /// The rows of a panel's columns; `None` beyond the last column.
-type Columns<'a> = [Option<WeightData<'a>>; PANEL];
+pub(crate) type Columns<'a> = [Option<WeightData<'a>>; PANEL];
 
 struct Source<'a> {
     parts: &'a [WeightPart<'a>],

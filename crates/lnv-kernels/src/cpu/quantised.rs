@@ -208,37 +208,46 @@ impl<D: Dot> Format for Q4<D> {
 /// How a row becomes codes: [`Step::of`].
 #[inline(always)]
 fn step_of<S: Simd>(s: S, x: &[f32]) -> Step {
-    // Magnitudes compared as integers, so that NaN is above all.
-    let magnitude = s.splat_i(0x7fff_ffff);
-    let mut peaks = [s.splat_i(0); 4];
-    for chunk in x.chunks(4 * S::LANES) {
-        for (index, peak) in peaks.iter_mut().enumerate() {
-            let start = (index * S::LANES).min(chunk.len());
-            let live = S::LANES.min(chunk.len() - start);
-            // SAFETY: `live` values from start on are inside the chunk.
-            let values = unsafe { s.load_part(chunk.as_ptr().add(start), live) };
-            *peak = s.max_i(*peak, s.and(s.ints(values), magnitude));
-        }
+    let mut peaks = s.splat_i(0);
+    let mut chunks = x.chunks_exact(CHUNK);
+    for chunk in &mut chunks {
+        peaks = largest_magnitudes(s, chunk, peaks);
     }
-    let [a, b, c, d] = peaks;
-    let peak = s.largest_i(s.max_i(s.max_i(a, b), s.max_i(c, d)));
-    Step::of_peak(f32::from_bits(peak as u32))
+    let mut last = [0.0; CHUNK];
+    last[..chunks.remainder().len()].copy_from_slice(chunks.remainder());
+    peaks = largest_magnitudes(s, &last, peaks);
+    Step::of_peak(f32::from_bits(s.largest_i(peaks) as u32))
+}
+
+/// The larger of lanes of magnitudes and those of a chunk, compared as integers, so that NaN is
+/// above all.
+#[inline(always)]
+pub(crate) fn largest_magnitudes<S: Simd>(s: S, chunk: &[f32], peaks: S::I) -> S::I {
+    let magnitude = s.splat_i(0x7fff_ffff);
+    let (mut even, mut odd) = (peaks, s.splat_i(0));
+    for pair in chunk.chunks_exact(2 * S::LANES) {
+        // SAFETY: two registers' values.
+        let values = unsafe { [s.load(pair.as_ptr()), s.load(pair.as_ptr().add(S::LANES))] };
+        even = s.max_i(even, s.and(s.ints(values[0]), magnitude));
+        odd = s.max_i(odd, s.and(s.ints(values[1]), magnitude));
+    }
+    s.max_i(even, odd)
 }
 
 /// Values that are quantised at a time.
-const CHUNK: usize = q4::GROUP;
+pub(crate) const CHUNK: usize = q4::GROUP;
 /// Added to a code, a float whose last bit stands for 1: rounds the code as [`Step::code`] does and
 /// leaves it in the lowest bits.
 const ROUND: f32 = 12_582_912.0;
 
 /// The codes of some values of a row.
 #[derive(Default)]
-struct Codes([u32; CHUNK / 4]);
+pub(crate) struct Codes([u32; CHUNK / 4]);
 
 impl Codes {
     /// The codes of x, zeros beyond its end. Returns lanes of which [`codes_sum`] makes their sum.
     #[inline(always)]
-    fn fill<S: Simd>(&mut self, s: S, x: &[f32], step: Step) -> S::I {
+    pub(crate) fn fill<S: Simd>(&mut self, s: S, x: &[f32], step: Step) -> S::I {
         let mut padded = [0.0; CHUNK];
         let x: &[f32; CHUNK] = if let Some(x) = x.first_chunk() {
             x
@@ -260,12 +269,20 @@ impl Codes {
         sum
     }
 
+    /// Adds 128 to each code, as 8-bit weights are stored.
+    #[inline(always)]
+    pub(crate) fn add_zero(&mut self) {
+        for element in &mut self.0 {
+            *element ^= u32::from_ne_bytes([q8::ZERO; 4]);
+        }
+    }
+
     /// Writes the first elements to `out`, `out + stride` and so on.
     ///
     /// # Safety
     /// So many can be written there.
     #[inline(always)]
-    unsafe fn store(&self, elements: usize, out: *mut u32, stride: usize) {
+    pub(crate) unsafe fn store(&self, elements: usize, out: *mut u32, stride: usize) {
         for (e, element) in self.0.iter().enumerate().take(elements) {
             // Volatile, for else the compiler makes scatters of these, which take three times as
             // long.

@@ -128,6 +128,11 @@ pub(crate) trait Simd: Ints + Copy + Send + Sync + 'static {
     /// The maximum of all lanes.
     fn largest(self, a: Self::F) -> f32;
 
+    /// `|a|`.
+    #[inline(always)]
+    fn abs(self, a: Self::F) -> Self::F {
+        self.floats(self.and(self.ints(a), self.splat_i(0x7fff_ffff)))
+    }
     /// The same bits as integers.
     fn ints(self, a: Self::F) -> Self::I;
     /// The same bits as floats.

@@ -35,7 +35,7 @@ pub(crate) const PEAKS: [f32; 15] = [
 ];
 
 /// Bytes of a panel.
-pub(super) fn panel_len(k: usize) -> usize {
+pub(crate) fn panel_len(k: usize) -> usize {
     k.div_ceil(GROUP).saturating_mul(GROUP_BYTES)
 }
 
@@ -68,6 +68,15 @@ pub(super) fn read_column(panel: &[u8], column: usize, out: &mut [f32]) {
 
 /// Quantises a panel.
 pub(super) fn pack_panel(columns: &Columns<'_>, k: usize, panel: &mut [u8]) {
+    #[cfg(target_arch = "x86_64")]
+    if crate::cpu::quantise::q4_panel(columns, k, panel) {
+        return;
+    }
+    pack_slowly(columns, k, panel);
+}
+
+/// The slow twin of [`pack_panel`].
+pub(crate) fn pack_slowly(columns: &Columns<'_>, k: usize, panel: &mut [u8]) {
     let mut row = vec![0.0; k.next_multiple_of(GROUP)];
     for (column, data) in columns.iter().enumerate() {
         let Some(data) = data else {
@@ -96,7 +105,7 @@ fn pack_column(row: &[f32], column: usize, panel: &mut [u8]) {
 }
 
 /// Codes per value; 0 where there is no scale.
-fn inverse(scale: f32) -> f32 {
+pub(crate) fn inverse(scale: f32) -> f32 {
     if scale == 0.0 || scale.is_nan() {
         0.0
     } else {
@@ -104,11 +113,11 @@ fn inverse(scale: f32) -> f32 {
     }
 }
 
-/// The code of a value, as a float; 0 for NaN.
+/// The code of a value, as a float; -8 for NaN.
 fn nearest(value: f32, inverse: f32) -> f32 {
     let code = (value * inverse).round_ties_even();
     if code.is_nan() {
-        0.0
+        -8.0
     } else {
         code.clamp(-8.0, 7.0)
     }

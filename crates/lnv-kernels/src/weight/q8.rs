@@ -20,7 +20,7 @@ pub(super) const MAX_K: usize = 1 << 17;
 const SCALES: usize = 4 * PANEL;
 
 /// Bytes of a panel.
-pub(super) fn panel_len(k: usize) -> usize {
+pub(crate) fn panel_len(k: usize) -> usize {
     let steps = k.div_ceil(STEP_K);
     steps.saturating_mul(STEP_K * PANEL).saturating_add(SCALES)
 }
@@ -49,9 +49,19 @@ pub(super) fn read_column(panel: &[u8], column: usize, out: &mut [f32]) {
 
 /// Quantises a panel.
 pub(super) fn pack_panel(columns: &Columns<'_>, k: usize, panel: &mut [u8]) {
+    #[cfg(target_arch = "x86_64")]
+    if crate::cpu::quantise::q8_panel(columns, k, panel) {
+        return;
+    }
+    pack_slowly(columns, k, panel);
+}
+
+/// The slow twin of [`pack_panel`].
+pub(crate) fn pack_slowly(columns: &Columns<'_>, k: usize, panel: &mut [u8]) {
     let (codes, scales) = panel.split_at_mut(panel.len() - SCALES);
     let scales: &mut [f32] = bytemuck::cast_slice_mut(scales);
     codes.fill(ZERO);
+    scales.fill(0.0);
     let mut row = vec![0.0; k];
     for (column, data) in columns.iter().enumerate() {
         let Some(data) = data else { continue };

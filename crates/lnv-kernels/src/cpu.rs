@@ -9,6 +9,8 @@
 
 pub(crate) mod activation;
 pub(crate) mod attention;
+mod dot;
+mod dot_attention;
 pub(crate) mod eager;
 pub(crate) mod formats;
 pub(crate) mod gemm;

@@ -9,9 +9,10 @@
 //! set *is* those functions, and the tests hold every other one against them.
 //!
 //! Guarantee: for one instruction set and number format, a row of a result has the same bits
-//! whatever the other rows of the call, the chunking of a prompt or the batch. Matrix products
-//! reduce in one ascending chain over k; attention goes through blocks of [`KV_BLOCK`] keys counted
-//! from the start of the sequence.
+//! whatever the other rows of the call, the chunking of a prompt, the batch or the number of threads.
+//! Matrix products reduce in one ascending chain over k; attention goes through blocks of
+//! [`KV_BLOCK`] keys counted from the start of the sequence, where it multiplies in bf16 through
+//! segments of 1024 keys that are added up in ascending order.
 //!
 //! Refused here: knowing an image, a tokenizer or a model's name; strides, broadcasting, autograd.
 //!

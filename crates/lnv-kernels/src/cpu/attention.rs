@@ -16,13 +16,14 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::buffer::{Aligned, Buffer};
+use crate::cpu::dot_attention;
 use crate::cpu::scratch::{Shared, with};
 use crate::cpu::simd::{Kernel, Simd, launch};
 use crate::cpu::small::{Small, small_product};
 use crate::cpu::widen::{Blocks, Paged, Widened};
 use crate::isa::Isa;
 use crate::kv_cache::{Heads, KV_BLOCK, KvDtype, LayerCache};
-use crate::ops::{AttentionShape, Span};
+use crate::ops::{AttentionShape, Precision, Span};
 
 /// Query rows in a tile: four times the six that have their sums in registers.
 const TILE_ROWS: usize = 24;
@@ -40,6 +41,9 @@ pub(crate) fn paged_attention(
     (spans, shape): (&[Span<'_>], &AttentionShape),
     out: &mut Buffer,
 ) {
+    if cache.record.dtype != KvDtype::F32 && isa == Isa::Avx512Bf16 {
+        return dot_attention::paged_attention(qkv, cache, (spans, shape), out);
+    }
     let heads = &shape.heads;
     let shared = heads.queries_per_kv();
     let tile = (TILE_ROWS / shared).max(1);
@@ -86,9 +90,12 @@ pub(crate) fn paged_attention(
 pub(crate) fn full_attention(
     isa: Isa,
     qkv: &Buffer,
-    (len, heads, scale): (usize, Heads, f32),
+    (len, heads, (scale, precision)): (usize, Heads, (f32, Precision)),
     out: &mut Buffer,
 ) {
+    if precision == Precision::Bf16 && isa == Isa::Avx512Bf16 {
+        return dot_attention::full_attention(qkv, (len, heads, scale), out);
+    }
     let tile = (TILE_ROWS / heads.queries_per_kv()).max(1);
     let segments = qkv.rows() / len;
     let matrices = Matrices::new(qkv, heads, scale, out);
@@ -143,7 +150,7 @@ impl Blocks for Packed<'_> {
 
 /// Which keys a query sees.
 #[derive(Clone, Copy)]
-enum Mask {
+pub(crate) enum Mask {
     /// All of so many.
     All(usize),
     /// Those up to its own position, which is `before` plus its index, at most `window` of them.
@@ -154,7 +161,8 @@ enum Mask {
 }
 
 impl Mask {
-    fn visible(&self, query: usize) -> Range<usize> {
+    /// The keys that a query sees.
+    pub(crate) fn visible(&self, query: usize) -> Range<usize> {
         match *self {
             Mask::All(len) => 0..len,
             Mask::Causal { before, window } => {

@@ -178,7 +178,7 @@ impl Ops {
         );
         fast!(
             self,
-            cpu::attention::full_attention(self.isa, qkv, (len, heads, scale), out)
+            cpu::attention::full_attention(self.isa, qkv, (len, heads, (scale, precision)), out)
         );
         let _ = precision;
         reference::full_attention(qkv, len, heads, scale, out);

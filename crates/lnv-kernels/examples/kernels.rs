@@ -9,12 +9,14 @@ use std::time::Instant;
 
 use lnv_kernels::{
     Activation, AttentionShape, Device, Epilogue, Heads, Isa, KV_BLOCK, KernelError, KvCache,
-    KvDtype, Ops, Precision, Slot, Span, Vector, Weight, WeightData, WeightDtype, WeightPart,
-    probe,
+    KvDtype, Ops, PackedBytes, Precision, Slot, Span, Vector, Weight, WeightData, WeightDtype,
+    WeightPart, packed_len, probe,
 };
 
 /// Weights of one shape.
 const COPIES: usize = 4;
+/// Bytes of quantised weights that no cache holds.
+const UNCACHED: usize = 256 << 20;
 
 /// Layers of a cache that is read once a call.
 const LAYERS: usize = 4;
@@ -41,6 +43,9 @@ fn main() -> Result<(), KernelError> {
     };
     for dtype in [WeightDtype::Bf16, WeightDtype::F32, WeightDtype::F16] {
         bench.products(dtype)?;
+    }
+    for dtype in [WeightDtype::Q8, WeightDtype::Q4] {
+        bench.quantised(dtype)?;
     }
     bench.attention();
     bench.rows();
@@ -114,6 +119,49 @@ impl Bench {
             gigabytes / cpu
         );
         weight
+    }
+
+    /// Quantised weights: shares of the byte dot product's peak, and of the bandwidth.
+    fn quantised(&self, dtype: WeightDtype) -> Result<(), KernelError> {
+        let shapes = [
+            (4096, 4096),
+            (22016, 4096),
+            (4096, 11008),
+            (32064, 4096),
+            (1024, 1024),
+            (4096, 1024),
+            (1024, 4096),
+        ];
+        for (n, k) in shapes {
+            let name = |rows: usize| format!("linear {dtype:?} {rows}x{k}x{n}");
+            let sizes = [1, 2, 4, 8, 16, 32, 577, 1192, 4616];
+            let wanted: Vec<usize> = sizes
+                .into_iter()
+                .filter(|rows| self.wants(&name(*rows)))
+                .collect();
+            if wanted.is_empty() {
+                continue;
+            }
+            let peak = probe::peak_gflops(self.ops.isa(), WeightDtype::Q8);
+            let len = packed_len(n, k, dtype);
+            // Codes and scales that are numbers; what they are costs nothing.
+            let packed: Vec<u8> = noise(len).iter().map(|v| v.to_bits() as u8 & 63).collect();
+            let weight = |_| Weight::from_packed(n, k, dtype, PackedBytes::copied(&packed));
+            let weights = (0..UNCACHED.div_ceil(len)).map(weight);
+            let weights: Vec<Weight> = weights.collect::<Result<_, _>>()?;
+            let mut turn = weights.iter().cycle();
+            for rows in wanted {
+                let x = self.ops.upload(rows, k, &noise(rows * k));
+                let mut out = self.ops.buffer(rows, n);
+                let time = best(|| {
+                    if let Some(w) = turn.next() {
+                        self.ops.linear(&x, w, None, Epilogue::Add, &mut out);
+                    }
+                });
+                self.report(&name(rows), (2 * rows * n * k, len), peak, time);
+            }
+        }
+        Ok(())
     }
 
     fn attention(&self) {

@@ -19,13 +19,21 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
-    /// AVX-512 with the bf16 dot product.
+    /// AVX-512 with the byte dot product (VNNI), which quantised weights use.
+    Avx512Vnni,
+    /// The same with the bf16 dot product.
     Avx512Bf16,
 }
 
 impl Isa {
     /// All instruction sets, from slow to fast.
-    const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
+    const ALL: [Isa; 5] = [
+        Isa::Scalar,
+        Isa::Avx2,
+        Isa::Avx512,
+        Isa::Avx512Vnni,
+        Isa::Avx512Bf16,
+    ];
 
     /// The fastest instruction set of this processor, or the one that `LNV_ISA` names.
     ///
@@ -57,11 +65,14 @@ impl Isa {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl");
+        // Every processor with the bf16 dot product has the byte dot product too.
+        let vnni = avx512 && is_x86_feature_detected!("avx512vnni");
         match self {
             Isa::Scalar => true,
             Isa::Avx2 => avx2,
             Isa::Avx512 => avx512,
-            Isa::Avx512Bf16 => avx512 && is_x86_feature_detected!("avx512bf16"),
+            Isa::Avx512Vnni => vnni,
+            Isa::Avx512Bf16 => vnni && is_x86_feature_detected!("avx512bf16"),
         }
     }
 
@@ -97,6 +108,7 @@ impl fmt::Display for Isa {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Avx512Vnni => "avx512vnni",
             Isa::Avx512Bf16 => "avx512bf16",
         })
     }
@@ -146,10 +158,16 @@ mod tests {
         assert!(
             error
                 .to_string()
-                .contains("scalar, avx2, avx512 or avx512bf16"),
+                .contains("scalar, avx2, avx512, avx512vnni or avx512bf16"),
             "{error}"
         );
         assert_eq!(Isa::available()[0], Isa::Scalar);
+        for isa in Isa::ALL {
+            let found = Isa::from_name(&isa.to_string());
+            assert_eq!(found.is_ok(), isa.is_available(), "{isa}");
+        }
+        let sorted = Isa::available().is_sorted() && Isa::ALL.is_sorted();
+        assert!(sorted, "from slow to fast");
     }
 
     #[test]

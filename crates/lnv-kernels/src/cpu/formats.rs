@@ -5,8 +5,11 @@
 //! in f32 with unrounded activations; `DotBf16` rounds the activations to bf16 while packing them,
 //! which is what every bf16 implementation of the model does, and uses the bf16 dot product.
 
+use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+
 use crate::cpu::simd::{Kernel, Simd, launch, launch_bf16_dot};
 use crate::isa::Isa;
+use crate::weight::q8::Step;
 
 /// One weight format on one kind of multiplier.
 pub(crate) trait Format: Copy + Send + Sync + 'static {
@@ -16,38 +19,105 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
     const STEP_K: usize;
     /// 32-bit elements of a packed activation row in a step.
     const A_PER_STEP: usize;
+    /// Bytes of a panel after its steps, which [`Format::finish`] reads.
+    const TAIL_BYTES: usize = 0;
+    /// Whether activations are quantised, so that rows have a [`Head`].
+    const HEADS: bool = false;
+
+    /// Rows of the largest tile: its sums fill the registers but for the operands.
+    fn tile_rows(isa: Isa) -> usize {
+        if isa == Isa::Avx2 { 6 } else { 12 }
+    }
 
     /// Runs a kernel that uses this format.
     fn launch<K: Kernel>(isa: Isa, kernel: K) {
         launch(isa, kernel);
     }
 
+    /// Registers of columns that a tile of so many rows takes at a time.
+    #[inline(always)]
+    fn registers(rows: usize, lanes: usize) -> usize {
+        // With registers of 8, few rows take a whole panel at once, so that it is read once.
+        if lanes == 8 && rows <= 3 { 4 } else { 2 }
+    }
+
+    /// Fetches what [`Format::step`] reads at `w`. Touches nothing.
+    #[inline(always)]
+    fn fetch<S: Simd, const V: usize>(w: *const u8, first: usize) {
+        let start = w.wrapping_add(first * Self::COLUMN_BYTES);
+        for line in (0..V * S::LANES * Self::COLUMN_BYTES).step_by(64) {
+            fetch_line(start.wrapping_add(line));
+        }
+    }
+
+    /// How the values of a row become codes, if they do.
+    #[inline(always)]
+    fn step_of<S: Simd>(_: S, _: &[f32]) -> Step {
+        Step::default()
+    }
+
     /// Packs `x`, part of a row, as `elements` elements: element e goes to `out[e * stride]`. What
-    /// is beyond x (an odd k) becomes zero.
+    /// is beyond x (an odd k) becomes zero. Returns what it adds to the head's correction.
     ///
     /// # Safety
     /// `out[0..=(elements - 1) * stride]` can be written.
     #[inline(always)]
-    unsafe fn pack_row(x: &[f32], elements: usize, out: *mut u32, stride: usize) {
+    unsafe fn pack_row<S: Simd>(
+        _: S,
+        x: &[f32],
+        _: Step,
+        elements: usize,
+        out: *mut u32,
+        stride: usize,
+    ) -> i32 {
         for e in 0..elements {
             let value = if e < x.len() { x[e] } else { 0.0 };
             // SAFETY: e < elements.
             unsafe { *out.add(e * stride) = value.to_bits() };
         }
+        0
     }
 
     /// Adds the products of one step: `ROWS` packed activation rows at `a` times V registers of
-    /// columns at `w`.
+    /// columns, from column `first` on, of the panel's step at `w`.
     ///
     /// # Safety
-    /// `ROWS * A_PER_STEP` elements can be read at `a` and `V * LANES * COLUMN_BYTES` bytes at `w`;
-    /// `DotBf16` only inside [`Format::launch`].
+    /// `ROWS * A_PER_STEP` elements can be read at `a` and `PANEL * COLUMN_BYTES` bytes at `w`;
+    /// `first + V * LANES` is at most `PANEL`. Only inside [`Format::launch`].
     unsafe fn step<S: Simd, const ROWS: usize, const V: usize>(
         s: S,
         acc: &mut [[S::F; V]; ROWS],
         a: *const u32,
         w: *const u8,
+        first: usize,
     );
+
+    /// A register of sums as values: columns of a panel whose tail, from their column on, is at
+    /// `tail`, in a row with this head.
+    ///
+    /// # Safety
+    /// The tail of a register's columns can be read.
+    #[inline(always)]
+    unsafe fn finish<S: Simd>(_: S, sums: S::F, _: *const u8, _: &Head) -> S::F {
+        sums
+    }
+}
+
+/// Fetches a line of memory. Touches nothing.
+#[inline(always)]
+pub(crate) fn fetch_line(line: *const u8) {
+    // SAFETY: a prefetch of any address is harmless.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
+}
+
+/// What a quantised row of activations carries besides its codes.
+#[derive(Debug, Clone, Copy, Default, bytemuck::Zeroable)]
+#[repr(C, align(8))]
+pub(crate) struct Head {
+    /// What a code of 1 stands for.
+    pub(crate) scale: f32,
+    /// What its integer sums lack.
+    pub(crate) correction: i32,
 }
 
 /// f32 weights.
@@ -65,11 +135,12 @@ impl Format for WideF32 {
         acc: &mut [[S::F; V]; ROWS],
         a: *const u32,
         w: *const u8,
+        first: usize,
     ) {
         let mut columns = [s.splat(0.0); V];
         for (v, columns) in columns.iter_mut().enumerate() {
             // SAFETY: the caller's contract: V registers of f32 at w.
-            *columns = unsafe { s.load(w.cast::<f32>().add(v * S::LANES)) };
+            *columns = unsafe { s.load(w.cast::<f32>().add(first + v * S::LANES)) };
         }
         // SAFETY: the caller's contract: ROWS elements at a.
         unsafe { multiply(s, acc, a, columns) };
@@ -91,11 +162,12 @@ impl Format for WideF16 {
         acc: &mut [[S::F; V]; ROWS],
         a: *const u32,
         w: *const u8,
+        first: usize,
     ) {
         let mut columns = [s.splat(0.0); V];
         for (v, columns) in columns.iter_mut().enumerate() {
             // SAFETY: the caller's contract: V registers' worth of f16 at w.
-            *columns = unsafe { s.load_f16(w.add(v * 2 * S::LANES)) };
+            *columns = unsafe { s.load_f16(w.add(2 * (first + v * S::LANES))) };
         }
         // SAFETY: the caller's contract: ROWS elements at a.
         unsafe { multiply(s, acc, a, columns) };
@@ -117,16 +189,17 @@ impl Format for WideBf16 {
         acc: &mut [[S::F; V]; ROWS],
         a: *const u32,
         w: *const u8,
+        first: usize,
     ) {
-        let (mut first, mut second) = ([s.splat(0.0); V], [s.splat(0.0); V]);
-        for (v, (first, second)) in first.iter_mut().zip(&mut second).enumerate() {
+        let (mut even, mut odd) = ([s.splat(0.0); V], [s.splat(0.0); V]);
+        for (v, (even, odd)) in even.iter_mut().zip(&mut odd).enumerate() {
             // SAFETY: the caller's contract: V registers of pairs at w.
-            (*first, *second) = unsafe { s.load_bf16_pairs(w.add(v * 4 * S::LANES)) };
+            (*even, *odd) = unsafe { s.load_bf16_pairs(w.add(4 * (first + v * S::LANES))) };
         }
         // SAFETY: the caller's contract: ROWS first values at a, then ROWS second ones.
         unsafe {
-            multiply(s, acc, a, first);
-            multiply(s, acc, a.add(ROWS), second);
+            multiply(s, acc, a, even);
+            multiply(s, acc, a.add(ROWS), odd);
         }
     }
 }
@@ -145,7 +218,14 @@ impl Format for DotBf16 {
     }
 
     #[inline(always)]
-    unsafe fn pack_row(x: &[f32], elements: usize, out: *mut u32, stride: usize) {
+    unsafe fn pack_row<S: Simd>(
+        _: S,
+        x: &[f32],
+        _: Step,
+        elements: usize,
+        out: *mut u32,
+        stride: usize,
+    ) -> i32 {
         for e in 0..elements {
             let first = round_bf16(x[2 * e]);
             let second = if 2 * e + 1 < x.len() {
@@ -156,6 +236,7 @@ impl Format for DotBf16 {
             // SAFETY: e < elements.
             unsafe { *out.add(e * stride) = first >> 16 | second & 0xffff_0000 };
         }
+        0
     }
 
     #[inline(always)]
@@ -164,12 +245,14 @@ impl Format for DotBf16 {
         acc: &mut [[S::F; V]; ROWS],
         a: *const u32,
         w: *const u8,
+        first: usize,
     ) {
         for (row, acc) in acc.iter_mut().enumerate() {
             for (v, acc) in acc.iter_mut().enumerate() {
+                let at = 4 * (first + v * S::LANES);
                 // SAFETY: the caller's contract: ROWS pairs at a, V registers of pairs at w, and
                 // the processor was asked by launch_bf16_dot.
-                *acc = unsafe { s.dot_bf16(*acc, a.add(row), w.add(v * 4 * S::LANES)) };
+                *acc = unsafe { s.dot_bf16(*acc, a.add(row), w.add(at)) };
             }
         }
     }

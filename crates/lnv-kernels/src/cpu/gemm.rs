@@ -8,9 +8,9 @@
 //! lie in scratch, tile after tile, and go to the result once, through the epilogue.
 //!
 //! Every sum is one ascending chain over k, continued from block to block, in whatever tile the row
-//! happens to be: the row's bits depend on nothing else.
+//! happens to be: the row's bits depend on nothing else. (Sums of bytes are exact in any order.)
 
-use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
 use std::cell::Cell;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -19,11 +19,14 @@ use rayon::prelude::*;
 
 use crate::buffer::{Aligned, Buffer, Vector};
 use crate::cpu::activation::activation;
-use crate::cpu::formats::{DotBf16, Format, WideBf16, WideF16, WideF32};
+use crate::cpu::formats::{DotBf16, Format, Head, WideBf16, WideF16, WideF32};
+use crate::cpu::int::{Vnni, Widened};
+use crate::cpu::quantised::{Q4, Q8};
 use crate::cpu::scratch::{Shared, with};
 use crate::cpu::simd::{Kernel, Simd};
 use crate::isa::Isa;
 use crate::ops::Epilogue;
+use crate::weight::q8::Step;
 use crate::weight::{PANEL, Weight, WeightDtype};
 
 /// Bytes of a panel between two changes of tile: half the second-level cache stays for nothing
@@ -31,6 +34,10 @@ use crate::weight::{PANEL, Weight, WeightDtype};
 const PANEL_BLOCK: usize = 64 << 10;
 /// Bytes of packed activations that stay in the second-level cache.
 const ROWS_BLOCK: usize = 768 << 10;
+/// Values of k of a tile's rows that are packed before the next ones.
+const PACK: usize = 256;
+/// Rows of the largest tile of any format.
+const MOST_ROWS: usize = 12;
 /// Panels whose waiting sums a task keeps.
 const PANEL_GROUP: usize = 16;
 /// How far ahead of the arithmetic a panel is fetched, in bytes.
@@ -40,6 +47,7 @@ const SERIAL: usize = 1 << 16;
 
 thread_local! {
     static PACKED: Cell<Option<Aligned<u32>>> = const { Cell::new(None) };
+    static HEADS: Cell<Option<Aligned<Head>>> = const { Cell::new(None) };
     static SUMS: Cell<Option<Aligned<f32>>> = const { Cell::new(None) };
 }
 
@@ -56,9 +64,10 @@ pub(crate) fn linear(
         WeightDtype::F16 => product::<WideF16>(isa, x, w, finish, out),
         WeightDtype::Bf16 if isa == Isa::Avx512Bf16 => product::<DotBf16>(isa, x, w, finish, out),
         WeightDtype::Bf16 => product::<WideBf16>(isa, x, w, finish, out),
-        WeightDtype::Q8 | WeightDtype::Q4 => {
-            crate::reference::linear(x, w, finish.0, finish.1, out);
-        }
+        WeightDtype::Q8 if isa >= Isa::Avx512Vnni => product::<Q8<Vnni>>(isa, x, w, finish, out),
+        WeightDtype::Q8 => product::<Q8<Widened>>(isa, x, w, finish, out),
+        WeightDtype::Q4 if isa >= Isa::Avx512Vnni => product::<Q4<Vnni>>(isa, x, w, finish, out),
+        WeightDtype::Q4 => product::<Q4<Widened>>(isa, x, w, finish, out),
     }
 }
 
@@ -72,50 +81,54 @@ fn product<F: Format>(
     if x.rows() == 0 {
         return;
     }
-    let plan = Plan::new::<F>(isa, x.rows(), w.n(), w.k());
+    let plan = &Plan::new::<F>(isa, x.rows(), w.n(), w.k());
+    let heads = if F::HEADS { plan.rows } else { 0 };
     with(&PACKED, plan.packed_len(), |packed| {
-        let place = Shared::new(packed);
-        plan.each(plan.tiles, |tile| {
-            let plan = &plan;
-            F::launch(
-                isa,
-                Pack::<F> {
-                    plan,
-                    x: x.host(),
-                    tile,
-                    packed: place,
-                    format: PhantomData,
-                },
-            );
-        });
-        let out = Shared::new(out.host_mut());
-        let bias = bias.map(Vector::as_slice);
-        let product = Product {
-            plan: &plan,
-            packed,
-            panels: w.packed_bytes(),
-            bias,
-            then,
-            out,
-        };
-        plan.each(plan.row_blocks * plan.panel_groups, |task| {
-            with(&SUMS, plan.sums_len(), |sums| {
-                F::launch(
-                    isa,
-                    Task::<F> {
+        with(&HEADS, heads, |heads| {
+            pack::<F>(isa, plan, x.host(), packed, heads);
+            let product = Product {
+                plan,
+                packed,
+                heads,
+                panels: w.packed_bytes(),
+                bias: bias.map(Vector::as_slice),
+                then,
+                out: Shared::new(out.host_mut()),
+            };
+            plan.each(plan.row_blocks * plan.panel_groups, |task| {
+                with(&SUMS, plan.sums_len(), |sums| {
+                    let task = Task::<F> {
                         product: &product,
                         task,
                         sums,
                         format: PhantomData,
-                    },
-                );
+                    };
+                    F::launch(isa, task);
+                });
             });
         });
     });
 }
 
+/// Packs the activations, tile by tile.
+fn pack<F: Format>(isa: Isa, plan: &Plan, x: &[f32], packed: &mut [u32], heads: &mut [Head]) {
+    let (packed, heads) = (Shared::new(packed), Shared::new(heads));
+    plan.each(plan.tiles, |tile| {
+        let pack = Pack::<F> {
+            plan,
+            x,
+            tile,
+            packed,
+            heads,
+            format: PhantomData,
+        };
+        F::launch(isa, pack);
+    });
+}
+
 /// How a product is cut.
 struct Plan {
+    isa: Isa,
     rows: usize,
     n: usize,
     k: usize,
@@ -124,6 +137,10 @@ struct Plan {
     block_steps: usize,
     /// Packed elements of a row in a step.
     a_per_step: usize,
+    /// Bytes of a panel's columns in a step, and of a panel.
+    step_bytes: usize,
+    panel_bytes: usize,
+    tile_rows: usize,
     tiles: usize,
     row_blocks: usize,
     panels: usize,
@@ -133,14 +150,15 @@ struct Plan {
 
 impl Plan {
     fn new<F: Format>(isa: Isa, rows: usize, n: usize, k: usize) -> Plan {
-        let tile_rows = tile_rows(isa);
+        let tile_rows = F::tile_rows(isa);
         let tiles = rows.div_ceil(tile_rows);
         let steps = k.div_ceil(F::STEP_K);
         let panels = n.div_ceil(PANEL);
         let threads = rayon::current_num_threads();
         let (mut block_steps, mut row_blocks) = (steps.max(1), 1);
         if tiles > 1 {
-            block_steps = block_steps.min(PANEL_BLOCK / (PANEL * F::COLUMN_BYTES));
+            let most = PANEL_BLOCK / (PANEL * F::COLUMN_BYTES);
+            block_steps = steps.div_ceil(steps.div_ceil(most).max(1)).max(1);
             let tile_bytes = block_steps * F::A_PER_STEP * 4 * tile_rows;
             row_blocks = tiles.div_ceil((ROWS_BLOCK / tile_bytes).max(1));
         }
@@ -152,14 +170,18 @@ impl Plan {
         };
         let panel_groups = wanted.max(least).min(panels);
         let serial = threads == 1 || rows * n * k <= SERIAL;
-        let a_per_step = F::A_PER_STEP;
+        let step_bytes = PANEL * F::COLUMN_BYTES;
         Plan {
+            isa,
             rows,
             n,
             k,
             steps,
             block_steps,
-            a_per_step,
+            a_per_step: F::A_PER_STEP,
+            step_bytes,
+            panel_bytes: steps * step_bytes + F::TAIL_BYTES,
+            tile_rows,
             tiles,
             row_blocks,
             panels,
@@ -188,7 +210,7 @@ impl Plan {
         if self.block_steps < self.steps {
             panels * rows * PANEL
         } else {
-            rows.min(12) * PANEL
+            rows.min(self.tile_rows) * PANEL
         }
     }
 
@@ -229,11 +251,6 @@ impl Plan {
     }
 }
 
-/// Rows of the largest tile: its sums fill the registers but for the operands.
-fn tile_rows(isa: Isa) -> usize {
-    if isa == Isa::Avx2 { 6 } else { 12 }
-}
-
 /// Part `index` of `0..len` cut into `parts`.
 fn part(len: usize, parts: usize, index: usize) -> Range<usize> {
     index * len / parts..(index + 1) * len / parts
@@ -245,36 +262,54 @@ struct Pack<'a, F> {
     x: &'a [f32],
     tile: usize,
     packed: Shared<u32>,
+    heads: Shared<Head>,
     format: PhantomData<F>,
 }
 
 impl<F: Format> Kernel for Pack<'_, F> {
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
-        let Pack {
-            plan,
-            x,
-            tile,
-            packed,
-            ..
-        } = self;
-        let (rows, block) = (plan.tile(tile), plan.block_of(tile));
+    fn run<S: Simd>(self, s: S) {
+        let plan = self.plan;
+        let (rows, block) = (plan.tile(self.tile), plan.block_of(self.tile));
+        let x = |row: usize| &self.x[row * plan.k..(row + 1) * plan.k];
+        let mut quantised = [(Step::default(), 0i32); MOST_ROWS];
+        if F::HEADS {
+            for (row, (step, _)) in rows.clone().zip(&mut quantised) {
+                *step = F::step_of(s, x(row));
+            }
+        }
         for steps in plan.step_blocks() {
             let at = plan.packed_at(&block, rows.start, &steps);
-            let columns = steps.start * F::STEP_K..plan.k.min(steps.end * F::STEP_K);
-            let elements = steps.len() * F::A_PER_STEP;
-            for row in rows.clone() {
-                let values = &x[row * plan.k..][columns.clone()];
-                // SAFETY: the tile's elements of this block of k are at..at + elements * rows,
-                // which is inside packed_len and no other tile's.
-                unsafe {
-                    F::pack_row(
-                        values,
-                        elements,
-                        packed.at(at + row - rows.start),
-                        rows.len(),
-                    );
+            // Few steps of all rows at a time, so that a line is written while it is near.
+            for first in steps.clone().step_by(PACK / F::STEP_K) {
+                let part = first..steps.end.min(first + PACK / F::STEP_K);
+                let columns = part.start * F::STEP_K..plan.k.min(part.end * F::STEP_K);
+                let elements = part.len() * F::A_PER_STEP;
+                let at = at + (part.start - steps.start) * F::A_PER_STEP * rows.len();
+                for (index, row) in rows.clone().enumerate() {
+                    let (step, correction) = &mut quantised[index];
+                    let x = &x(row)[columns.clone()];
+                    // SAFETY: the tile's elements of this block of k start at packed_at, as many as
+                    // elements * rows, which is inside packed_len and no other tile's.
+                    let lacking = unsafe {
+                        F::pack_row(
+                            s,
+                            x,
+                            *step,
+                            elements,
+                            self.packed.at(at + index),
+                            rows.len(),
+                        )
+                    };
+                    *correction = correction.wrapping_add(lacking);
                 }
+            }
+        }
+        if F::HEADS {
+            for (row, (step, correction)) in rows.zip(quantised) {
+                let scale = step.scale;
+                // SAFETY: there is a head for each row, and this row is no other tile's.
+                unsafe { *self.heads.at(row) = Head { scale, correction } };
             }
         }
     }
@@ -284,6 +319,7 @@ impl<F: Format> Kernel for Pack<'_, F> {
 struct Product<'a> {
     plan: &'a Plan,
     packed: &'a [u32],
+    heads: &'a [Head],
     panels: &'a [u8],
     bias: Option<&'a [f32]>,
     then: Epilogue,
@@ -312,8 +348,8 @@ impl<F: Format> Kernel for Task<'_, F> {
         let waits = plan.block_steps < plan.steps;
         for steps in plan.step_blocks() {
             for panel in group.clone() {
-                let w = (panel * plan.steps + steps.start) * PANEL * F::COLUMN_BYTES;
-                let w = &product.panels[w..w + steps.len() * PANEL * F::COLUMN_BYTES];
+                let w = panel * plan.panel_bytes + steps.start * plan.step_bytes;
+                let w = &product.panels[w..w + steps.len() * plan.step_bytes];
                 for tile in tiles.clone() {
                     let rows = plan.tile(tile);
                     let at = plan.packed_at(&block, rows.start, &steps);
@@ -321,18 +357,15 @@ impl<F: Format> Kernel for Task<'_, F> {
                     let waiting = (panel - group.start) * block.len() + rows.start - block.start;
                     let at = if waits { waiting * PANEL } else { 0 };
                     let sums = &mut self.sums[at..at + rows.len() * PANEL];
-                    any_tile::<S, F>(
-                        s,
-                        &Tile {
-                            a,
-                            w,
-                            steps: steps.len(),
-                        },
-                        sums,
-                        steps.start > 0,
-                    );
+                    let tile = Tile {
+                        a,
+                        w,
+                        steps: steps.len(),
+                        result: (steps.end == plan.steps).then(|| product.place(rows.start, panel)),
+                    };
+                    any_tile::<F>(plan.isa, &tile, sums, steps.start > 0);
                     if steps.end == plan.steps {
-                        product.finish(s, rows, panel, sums);
+                        product.finish::<S, F>(s, rows, panel, sums);
                     }
                 }
             }
@@ -341,33 +374,95 @@ impl<F: Format> Kernel for Task<'_, F> {
 }
 
 impl Product<'_> {
+    #[inline(always)]
+    fn place(&self, row: usize, panel: usize) -> Place {
+        let stride = self.plan.n;
+        // SAFETY: the row and the panel's first column are inside the result.
+        let start = unsafe { self.out.at(row * stride + panel * PANEL) };
+        Place {
+            start: start.cast_const(),
+            stride,
+        }
+    }
+
     /// The epilogue: a tile's sums to the result.
     #[inline(always)]
-    fn finish<S: Simd>(&self, s: S, rows: Range<usize>, panel: usize, sums: &[f32]) {
-        let n = self.plan.n;
-        for (row, sums) in rows.zip(sums.chunks_exact(PANEL)) {
-            for lane in (0..PANEL).step_by(S::LANES) {
-                let column = panel * PANEL + lane;
-                let live = S::LANES.min(n.saturating_sub(column));
-                if live == 0 {
-                    break;
-                }
-                // SAFETY: a register of sums; `live` values of the bias and of row `row` of the
-                // result, which this task alone writes in these columns.
+    fn finish<S: Simd, F: Format>(&self, s: S, rows: Range<usize>, panel: usize, sums: &[f32]) {
+        let columns = PANEL.min(self.plan.n - panel * PANEL);
+        let tail = (panel + 1) * self.plan.panel_bytes - F::TAIL_BYTES;
+        let tail = &self.panels[tail..tail + F::TAIL_BYTES];
+        let place = self.place(rows.start, panel);
+        for (index, sums) in sums.chunks_exact(PANEL).enumerate() {
+            place.fetch::<_MM_HINT_T0>(index + AHEAD..index + AHEAD + 1, 0..PANEL);
+            let row = rows.start + index;
+            let head = if F::HEADS {
+                self.heads[row]
+            } else {
+                Head::default()
+            };
+            for lane in (0..columns).step_by(S::LANES) {
+                let at = (row, panel * PANEL + lane);
+                // SAFETY: a register of sums and the tail of its columns; a whole register, or the
+                // columns that are left of the row, which this task alone writes.
                 unsafe {
-                    let mut value = s.load(sums.as_ptr().add(lane));
-                    if let Some(bias) = self.bias {
-                        value = s.add(value, s.load_part(bias.as_ptr().add(column), live));
+                    let tail = tail.as_ptr().add(lane * (F::TAIL_BYTES / PANEL));
+                    let value = F::finish(s, s.load(sums.as_ptr().add(lane)), tail, &head);
+                    if lane + S::LANES <= columns {
+                        self.store::<S, true>(s, value, at, S::LANES);
+                    } else {
+                        self.store::<S, false>(s, value, at, columns - lane);
                     }
-                    let out = self.out.at(row * n + column);
-                    let value = match self.then {
-                        Epilogue::Store(None) => value,
-                        Epilogue::Store(Some(act)) => activation(s, act, value),
-                        Epilogue::Add => s.add(s.load_part(out, live), value),
-                    };
-                    s.store_part(out, value, live);
                 }
             }
+        }
+    }
+
+    /// A register of products to the result, or its first `live` lanes.
+    ///
+    /// # Safety
+    /// Row and column are inside the result, and so are `live` columns from there on, which are
+    /// `LANES` if WHOLE; no other thread writes them.
+    #[inline(always)]
+    unsafe fn store<S: Simd, const WHOLE: bool>(
+        &self,
+        s: S,
+        mut value: S::F,
+        (row, column): (usize, usize),
+        live: usize,
+    ) {
+        // SAFETY: the caller's contract; a bias has as many values as the result columns.
+        unsafe {
+            if let Some(bias) = self.bias {
+                let bias = bias.as_ptr().add(column);
+                value = s.add(value, load::<S, WHOLE>(s, bias, live));
+            }
+            let out = self.out.at(row * self.plan.n + column);
+            let value = match self.then {
+                Epilogue::Store(None) => value,
+                Epilogue::Store(Some(act)) => activation(s, act, value),
+                Epilogue::Add => s.add(load::<S, WHOLE>(s, out, live), value),
+            };
+            if WHOLE {
+                s.store(out, value);
+            } else {
+                s.store_part(out, value, live);
+            }
+        }
+    }
+}
+
+/// A register, or its first `live` lanes.
+///
+/// # Safety
+/// `live` values can be read from `p`, which are `LANES` if WHOLE.
+#[inline(always)]
+unsafe fn load<S: Simd, const WHOLE: bool>(s: S, p: *const f32, live: usize) -> S::F {
+    // SAFETY: the caller's contract.
+    unsafe {
+        if WHOLE {
+            s.load(p)
+        } else {
+            s.load_part(p, live)
         }
     }
 }
@@ -377,32 +472,69 @@ struct Tile<'a> {
     a: &'a [u32],
     w: &'a [u8],
     steps: usize,
+    /// Where its sums will go, if they are complete.
+    result: Option<Place>,
 }
 
+/// A tile's place in the result, to be fetched in time.
+struct Place {
+    start: *const f32,
+    /// Columns of the result.
+    stride: usize,
+}
+
+impl Place {
+    #[inline(always)]
+    fn fetch<const HINT: i32>(&self, rows: Range<usize>, columns: Range<usize>) {
+        for row in rows {
+            for column in columns.clone().step_by(16) {
+                let line = self.start.wrapping_add(row * self.stride + column);
+                // SAFETY: a prefetch of any address is harmless.
+                unsafe { _mm_prefetch::<HINT>(line.cast()) };
+            }
+        }
+    }
+}
+
+/// Rows ahead of which the epilogue fetches the result into the first-level cache: where its rows
+/// are a power of two apart, few of their lines fit there at a time.
+const AHEAD: usize = 3;
+/// Values of k before a tile's end at which its part of the result is fetched: late enough not to
+/// be pushed out of the first-level cache, early enough to be there.
+const FETCH: usize = 512;
+
 /// The tile's sums, new or continued, to `sums` (`[rows, PANEL]`).
-#[inline(always)]
-fn any_tile<S: Simd, F: Format>(s: S, t: &Tile<'_>, sums: &mut [f32], more: bool) {
-    // With registers of 8, few rows take a whole panel at once, so that it is read once.
-    match (sums.len() / PANEL, S::LANES) {
-        (1, 8) => tile::<S, F, 1, 4>(s, t, sums, more),
-        (2, 8) => tile::<S, F, 2, 4>(s, t, sums, more),
-        (3, 8) => tile::<S, F, 3, 4>(s, t, sums, more),
-        (4, 8) => tile::<S, F, 4, 2>(s, t, sums, more),
-        (5, 8) => tile::<S, F, 5, 2>(s, t, sums, more),
-        (6, 8) => tile::<S, F, 6, 2>(s, t, sums, more),
-        (1, 16) => tile::<S, F, 1, 2>(s, t, sums, more),
-        (2, 16) => tile::<S, F, 2, 2>(s, t, sums, more),
-        (3, 16) => tile::<S, F, 3, 2>(s, t, sums, more),
-        (4, 16) => tile::<S, F, 4, 2>(s, t, sums, more),
-        (5, 16) => tile::<S, F, 5, 2>(s, t, sums, more),
-        (6, 16) => tile::<S, F, 6, 2>(s, t, sums, more),
-        (7, 16) => tile::<S, F, 7, 2>(s, t, sums, more),
-        (8, 16) => tile::<S, F, 8, 2>(s, t, sums, more),
-        (9, 16) => tile::<S, F, 9, 2>(s, t, sums, more),
-        (10, 16) => tile::<S, F, 10, 2>(s, t, sums, more),
-        (11, 16) => tile::<S, F, 11, 2>(s, t, sums, more),
-        (12, 16) => tile::<S, F, 12, 2>(s, t, sums, more),
-        (rows, lanes) => unreachable!("a tile of {rows} rows in registers of {lanes}"),
+fn any_tile<F: Format>(isa: Isa, t: &Tile<'_>, sums: &mut [f32], more: bool) {
+    macro_rules! rows {
+        ($($rows:literal)*) => {
+            match sums.len() / PANEL {
+                $($rows => F::launch(isa, OneTile::<F, $rows> { t, sums, more, format: PhantomData }),)*
+                rows => unreachable!("a tile of {rows} rows"),
+            }
+        };
+    }
+    rows!(1 2 3 4 5 6 7 8 9 10 11 12);
+}
+
+/// A tile of ROWS rows: a kernel of its own, so that the compiler gives it all the registers.
+struct OneTile<'a, F, const ROWS: usize> {
+    t: &'a Tile<'a>,
+    sums: &'a mut [f32],
+    more: bool,
+    format: PhantomData<F>,
+}
+
+impl<F: Format, const ROWS: usize> Kernel for OneTile<'_, F, ROWS> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        if ROWS > 6 && S::LANES == 8 {
+            unreachable!("a tile of {ROWS} rows in registers of 8");
+        }
+        match F::registers(ROWS, S::LANES) {
+            1 => tile::<S, F, ROWS, 1>(s, self.t, self.sums, self.more),
+            2 => tile::<S, F, ROWS, 2>(s, self.t, self.sums, self.more),
+            _ => tile::<S, F, ROWS, 4>(s, self.t, self.sums, self.more),
+        }
     }
 }
 
@@ -428,21 +560,30 @@ fn tile<S: Simd, F: Format, const ROWS: usize, const V: usize>(
                 }
             }
         }
-        for step in 0..t.steps {
-            // SAFETY: the lengths were checked above; a prefetch touches nothing.
-            unsafe {
-                let w =
-                    t.w.as_ptr()
-                        .add(step * step_bytes + first * F::COLUMN_BYTES);
-                for line in (0..V * S::LANES * F::COLUMN_BYTES).step_by(64) {
-                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(PREFETCH + line).cast());
+        let (mut step, mut end) = (0, t.steps);
+        if t.result.is_some() {
+            end = t.steps.saturating_sub(FETCH / F::STEP_K);
+        }
+        // Two rounds of one loop: a branch inside it would cost it its registers.
+        loop {
+            while step < end {
+                // SAFETY: the lengths were checked above; a prefetch touches nothing.
+                unsafe {
+                    let a = t.a.as_ptr().add(step * ROWS * F::A_PER_STEP);
+                    let w = t.w.as_ptr().add(step * step_bytes);
+                    if ROWS > 1 {
+                        F::fetch::<S, V>(w.wrapping_add(PREFETCH), first);
+                    }
+                    F::step(s, &mut acc, a, w, first);
                 }
-                F::step(
-                    s,
-                    &mut acc,
-                    t.a.as_ptr().add(step * ROWS * F::A_PER_STEP),
-                    w,
-                );
+                step += 1;
+            }
+            if end == t.steps {
+                break;
+            }
+            end = t.steps;
+            if let Some(result) = &t.result {
+                result.fetch::<_MM_HINT_T1>(0..ROWS, first..first + V * S::LANES);
             }
         }
         for (row, acc) in acc.iter().enumerate() {
@@ -458,14 +599,14 @@ fn tile<S: Simd, F: Format, const ROWS: usize, const V: usize>(
 /// peak.
 pub(crate) fn spin(isa: Isa, dtype: WeightDtype, times: usize) -> Spun {
     match dtype {
-        WeightDtype::F32 => Spin::<WideF32>::run_on(isa, times),
-        WeightDtype::F16 => Spin::<WideF16>::run_on(isa, times),
-        WeightDtype::Bf16 if isa == Isa::Avx512Bf16 => Spin::<DotBf16>::run_on(isa, times),
-        WeightDtype::Bf16 => Spin::<WideBf16>::run_on(isa, times),
-        WeightDtype::Q8 | WeightDtype::Q4 => Spun {
-            operations: 0,
-            sum: 0.0,
-        },
+        WeightDtype::F32 => spin_format::<WideF32>(isa, times),
+        WeightDtype::F16 => spin_format::<WideF16>(isa, times),
+        WeightDtype::Bf16 if isa == Isa::Avx512Bf16 => spin_format::<DotBf16>(isa, times),
+        WeightDtype::Bf16 => spin_format::<WideBf16>(isa, times),
+        WeightDtype::Q8 if isa >= Isa::Avx512Vnni => spin_format::<Q8<Vnni>>(isa, times),
+        WeightDtype::Q8 => spin_format::<Q8<Widened>>(isa, times),
+        WeightDtype::Q4 if isa >= Isa::Avx512Vnni => spin_format::<Q4<Vnni>>(isa, times),
+        WeightDtype::Q4 => spin_format::<Q4<Widened>>(isa, times),
     }
 }
 
@@ -475,48 +616,25 @@ pub(crate) struct Spun {
     pub(crate) sum: f32,
 }
 
-struct Spin<'a, F> {
-    tile: Tile<'a>,
-    times: usize,
-    sums: &'a mut [f32],
-    format: PhantomData<F>,
-}
-
-impl<F: Format> Spin<'_, F> {
-    fn run_on(isa: Isa, times: usize) -> Spun {
-        let (steps, rows) = (64, tile_rows(isa));
-        let (a, w) = (
-            vec![0; steps * rows * F::A_PER_STEP],
-            vec![0; steps * PANEL * F::COLUMN_BYTES],
-        );
-        let mut sums = vec![0.0; rows * PANEL];
-        let tile = Tile {
-            a: &a,
-            w: &w,
-            steps,
-        };
-        F::launch(
-            isa,
-            Spin::<F> {
-                tile,
-                times,
-                sums: &mut sums,
-                format: PhantomData,
-            },
-        );
-        let operations = 2 * times * rows * PANEL * steps * F::STEP_K;
-        Spun {
-            operations,
-            sum: sums.iter().sum(),
-        }
+/// See [`spin`].
+fn spin_format<F: Format>(isa: Isa, times: usize) -> Spun {
+    let (steps, rows) = (512 / F::STEP_K.max(4), F::tile_rows(isa));
+    let (a, w) = (
+        vec![0; steps * rows * F::A_PER_STEP],
+        vec![0; steps * PANEL * F::COLUMN_BYTES],
+    );
+    let mut sums = vec![0.0; rows * PANEL];
+    let tile = Tile {
+        a: &a,
+        w: &w,
+        steps,
+        result: None,
+    };
+    for _ in 0..times {
+        any_tile::<F>(isa, std::hint::black_box(&tile), &mut sums, true);
     }
-}
-
-impl<F: Format> Kernel for Spin<'_, F> {
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        for _ in 0..self.times {
-            any_tile::<S, F>(s, std::hint::black_box(&self.tile), self.sums, true);
-        }
+    Spun {
+        operations: 2 * times * rows * PANEL * steps * F::STEP_K,
+        sum: sums.iter().sum(),
     }
 }

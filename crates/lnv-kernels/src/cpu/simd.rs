@@ -3,11 +3,13 @@
 //! Decision: a trait whose values are tokens ([`Avx2`], [`Avx512`]) that exist only after the
 //! processor was asked, with methods that inline into the caller. A [`Kernel`] is a struct of
 //! arguments with one generic `run`; [`launch`] runs it inside a function that has the instruction
-//! set's target features, which is where everything inlines to.
+//! set's target features, which is where everything inlines to, and which is itself never inlined: what
+//! is launched has all the registers.
 //! Hot loops use no closures: a closure that is not inlined would be compiled without the features.
 
 use std::arch::x86_64::*;
 
+use crate::cpu::int::Ints;
 use crate::isa::Isa;
 
 /// Calls intrinsics of the token's instruction set.
@@ -32,7 +34,7 @@ pub(crate) trait Kernel {
 pub(crate) fn launch<K: Kernel>(isa: Isa, kernel: K) {
     match isa {
         Isa::Avx2 => Avx2::new().launch(kernel),
-        Isa::Avx512 | Isa::Avx512Bf16 => Avx512::new().launch(kernel),
+        Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => Avx512::new().launch(kernel),
         Isa::Scalar => panic!("the scalar instruction set has no kernels. This is a bug."),
     }
 }
@@ -42,6 +44,7 @@ pub(crate) fn launch<K: Kernel>(isa: Isa, kernel: K) {
 /// # Panics
 /// The processor lacks the bf16 dot product.
 pub(crate) fn launch_bf16_dot<K: Kernel>(kernel: K) {
+    #[inline(never)]
     #[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     fn inner<K: Kernel>(s: Avx512, kernel: K) {
         kernel.run(s);
@@ -54,8 +57,26 @@ pub(crate) fn launch_bf16_dot<K: Kernel>(kernel: K) {
     with_features!(inner(s, kernel));
 }
 
+/// Runs a kernel that calls [`Ints::dot_bytes`].
+///
+/// # Panics
+/// The processor lacks the byte dot product.
+pub(crate) fn launch_vnni<K: Kernel>(kernel: K) {
+    #[inline(never)]
+    #[target_feature(enable = "avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    fn inner<K: Kernel>(s: Avx512, kernel: K) {
+        kernel.run(s);
+    }
+    assert!(
+        Isa::Avx512Vnni.is_available(),
+        "this processor lacks avx512vnni. This is a bug."
+    );
+    let s = Avx512::new();
+    with_features!(inner(s, kernel));
+}
+
 /// A register of `LANES` f32. Every method is one or a few instructions.
-pub(crate) trait Simd: Copy + Send + Sync + 'static {
+pub(crate) trait Simd: Ints + Copy + Send + Sync + 'static {
     /// The register.
     type F: Copy;
     /// Values in a register.
@@ -106,6 +127,13 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn sum(self, a: Self::F) -> f32;
     /// The maximum of all lanes.
     fn largest(self, a: Self::F) -> f32;
+
+    /// The same bits as integers.
+    fn ints(self, a: Self::F) -> Self::I;
+    /// The same bits as floats.
+    fn floats(self, a: Self::I) -> Self::F;
+    /// The integers' values, rounded to nearest.
+    fn to_float(self, a: Self::I) -> Self::F;
 
     /// `LANES` half-precision values, widened.
     ///
@@ -177,6 +205,7 @@ impl Simd for Avx2 {
 
     #[inline]
     fn launch<K: Kernel>(self, kernel: K) {
+        #[inline(never)]
         #[target_feature(enable = "avx2,fma,f16c")]
         fn inner<K: Kernel>(s: Avx2, kernel: K) {
             kernel.run(s);
@@ -278,6 +307,18 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
+    fn ints(self, a: __m256) -> __m256i {
+        with_features!(_mm256_castps_si256(a))
+    }
+    #[inline(always)]
+    fn floats(self, a: __m256i) -> __m256 {
+        with_features!(_mm256_castsi256_ps(a))
+    }
+    #[inline(always)]
+    fn to_float(self, a: __m256i) -> __m256 {
+        with_features!(_mm256_cvtepi32_ps(a))
+    }
+    #[inline(always)]
     unsafe fn load_f16(self, p: *const u8) -> __m256 {
         with_features!(_mm256_cvtph_ps(_mm_loadu_si128(p.cast())))
     }
@@ -321,6 +362,7 @@ impl Simd for Avx512 {
 
     #[inline]
     fn launch<K: Kernel>(self, kernel: K) {
+        #[inline(never)]
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
         fn inner<K: Kernel>(s: Avx512, kernel: K) {
             kernel.run(s);
@@ -410,6 +452,18 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn largest(self, a: __m512) -> f32 {
         with_features!(_mm512_reduce_max_ps(a))
+    }
+    #[inline(always)]
+    fn ints(self, a: __m512) -> __m512i {
+        with_features!(_mm512_castps_si512(a))
+    }
+    #[inline(always)]
+    fn floats(self, a: __m512i) -> __m512 {
+        with_features!(_mm512_castsi512_ps(a))
+    }
+    #[inline(always)]
+    fn to_float(self, a: __m512i) -> __m512 {
+        with_features!(_mm512_cvtepi32_ps(a))
     }
     #[inline(always)]
     unsafe fn load_f16(self, p: *const u8) -> __m512 {

@@ -65,7 +65,7 @@ pub(super) fn pack_panel(columns: &Columns<'_>, k: usize, panel: &mut [u8]) {
 }
 
 /// How a row of values becomes bytes: weights once, activations in every call.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default, bytemuck::Zeroable)]
 pub(crate) struct Step {
     /// What a code of 1 stands for: the row's largest magnitude / 127. NaN if the row holds NaN or
     /// infinity, 0 if its values are too small to divide by (below 4e-37).

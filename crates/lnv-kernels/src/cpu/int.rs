@@ -1,0 +1,237 @@
+//! A register of 32-bit integers, and the dot product of bytes.
+//!
+//! Decision: quantised weights are unsigned bytes in a register, activations signed bytes in memory,
+//! four to a lane, because that is what the byte dot product of AVX-512 VNNI multiplies ([`Vnni`]).
+//! Processors without it widen to 16 bits ([`Widened`]): the 8-bit form that older code uses
+//! (`maddubs`) saturates at sums that occur. Both are exact, so sums are equal on all of them.
+
+use std::arch::x86_64::*;
+
+use crate::cpu::simd::{Avx2, Avx512, Kernel, Simd, launch, launch_vnni};
+use crate::isa::Isa;
+
+/// Calls intrinsics of the token's instruction set.
+macro_rules! with_features {
+    ($intrinsic:expr) => {
+        // SAFETY: a value of the token's type exists, so the processor has the instructions; what
+        // memory is touched is in the contract of the calling method.
+        unsafe { $intrinsic }
+    };
+}
+
+/// The integer side of a [`Simd`] token: a register of as many 32-bit integers as it has floats.
+pub(crate) trait Ints: Copy {
+    /// The register.
+    type I: Copy;
+
+    fn splat_i(self, x: i32) -> Self::I;
+    /// # Safety
+    /// A register's bytes can be read from `p`.
+    unsafe fn load_i(self, p: *const u8) -> Self::I;
+    /// The lowest byte of each lane, side by side, to `p`.
+    ///
+    /// # Safety
+    /// A byte for each lane can be written to `p`.
+    unsafe fn store_low_bytes(self, p: *mut u8, a: Self::I);
+    /// The sum of all lanes; wraps.
+    fn sum_i(self, a: Self::I) -> i32;
+    /// The larger of two signed integers.
+    fn max_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// The largest lane.
+    fn largest_i(self, a: Self::I) -> i32;
+    /// Sums that wrap.
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
+    fn and(self, a: Self::I, b: Self::I) -> Self::I;
+    /// Lanes of 16 bits to the left.
+    fn left16<const BITS: i32>(self, a: Self::I) -> Self::I;
+    /// Lanes of 16 bits to the right, zeros coming in.
+    fn right16<const BITS: u32>(self, a: Self::I) -> Self::I;
+    /// Lanes of 16 bits to the right, the sign coming in.
+    fn signed_right16<const BITS: u32>(self, a: Self::I) -> Self::I;
+    /// In each lane, the sum of the products of its two signed 16-bit halves.
+    fn multiply_pairs(self, a: Self::I, b: Self::I) -> Self::I;
+    /// In each lane, `acc` plus the sum of the products of w's four unsigned and a's four signed
+    /// bytes.
+    ///
+    /// # Safety
+    /// The processor has AVX-512 VNNI and the token is [`Avx512`].
+    unsafe fn dot_bytes(self, acc: Self::I, w: Self::I, a: Self::I) -> Self::I;
+}
+
+impl Ints for Avx2 {
+    type I = __m256i;
+
+    #[inline(always)]
+    fn splat_i(self, x: i32) -> __m256i {
+        with_features!(_mm256_set1_epi32(x))
+    }
+    #[inline(always)]
+    unsafe fn load_i(self, p: *const u8) -> __m256i {
+        with_features!(_mm256_loadu_si256(p.cast()))
+    }
+    #[inline(always)]
+    unsafe fn store_low_bytes(self, p: *mut u8, a: __m256i) {
+        with_features!({
+            let lowest = _mm256_set1_epi32(0x0c08_0400);
+            let fours = _mm256_shuffle_epi8(a, lowest);
+            p.cast::<i32>()
+                .write_unaligned(_mm256_extract_epi32::<0>(fours));
+            p.cast::<i32>()
+                .add(1)
+                .write_unaligned(_mm256_extract_epi32::<4>(fours));
+        });
+    }
+    #[inline(always)]
+    fn sum_i(self, a: __m256i) -> i32 {
+        with_features!({
+            let four = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256::<1>(a));
+            let two = _mm_add_epi32(four, _mm_shuffle_epi32::<0b1110>(four));
+            _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32::<1>(two)))
+        })
+    }
+    #[inline(always)]
+    fn max_i(self, a: __m256i, b: __m256i) -> __m256i {
+        with_features!(_mm256_max_epi32(a, b))
+    }
+    #[inline(always)]
+    fn largest_i(self, a: __m256i) -> i32 {
+        with_features!({
+            let four = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256::<1>(a));
+            let two = _mm_max_epi32(four, _mm_shuffle_epi32::<0b1110>(four));
+            _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32::<1>(two)))
+        })
+    }
+    #[inline(always)]
+    fn add_i(self, a: __m256i, b: __m256i) -> __m256i {
+        with_features!(_mm256_add_epi32(a, b))
+    }
+    #[inline(always)]
+    fn and(self, a: __m256i, b: __m256i) -> __m256i {
+        with_features!(_mm256_and_si256(a, b))
+    }
+    #[inline(always)]
+    fn left16<const BITS: i32>(self, a: __m256i) -> __m256i {
+        with_features!(_mm256_sll_epi16(a, _mm_cvtsi32_si128(BITS)))
+    }
+    #[inline(always)]
+    fn right16<const BITS: u32>(self, a: __m256i) -> __m256i {
+        with_features!(_mm256_srl_epi16(a, _mm_cvtsi32_si128(BITS as i32)))
+    }
+    #[inline(always)]
+    fn signed_right16<const BITS: u32>(self, a: __m256i) -> __m256i {
+        with_features!(_mm256_sra_epi16(a, _mm_cvtsi32_si128(BITS as i32)))
+    }
+    #[inline(always)]
+    fn multiply_pairs(self, a: __m256i, b: __m256i) -> __m256i {
+        with_features!(_mm256_madd_epi16(a, b))
+    }
+    #[inline(always)]
+    unsafe fn dot_bytes(self, _: __m256i, _: __m256i, _: __m256i) -> __m256i {
+        unreachable!("AVX2 has no byte dot product")
+    }
+}
+
+impl Ints for Avx512 {
+    type I = __m512i;
+
+    #[inline(always)]
+    fn splat_i(self, x: i32) -> __m512i {
+        with_features!(_mm512_set1_epi32(x))
+    }
+    #[inline(always)]
+    unsafe fn load_i(self, p: *const u8) -> __m512i {
+        with_features!(_mm512_loadu_si512(p.cast()))
+    }
+    #[inline(always)]
+    unsafe fn store_low_bytes(self, p: *mut u8, a: __m512i) {
+        with_features!(_mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(a)));
+    }
+    #[inline(always)]
+    fn sum_i(self, a: __m512i) -> i32 {
+        with_features!(_mm512_reduce_add_epi32(a))
+    }
+    #[inline(always)]
+    fn max_i(self, a: __m512i, b: __m512i) -> __m512i {
+        with_features!(_mm512_max_epi32(a, b))
+    }
+    #[inline(always)]
+    fn largest_i(self, a: __m512i) -> i32 {
+        with_features!(_mm512_reduce_max_epi32(a))
+    }
+    #[inline(always)]
+    fn add_i(self, a: __m512i, b: __m512i) -> __m512i {
+        with_features!(_mm512_add_epi32(a, b))
+    }
+    #[inline(always)]
+    fn and(self, a: __m512i, b: __m512i) -> __m512i {
+        with_features!(_mm512_and_si512(a, b))
+    }
+    #[inline(always)]
+    fn left16<const BITS: i32>(self, a: __m512i) -> __m512i {
+        with_features!(_mm512_sll_epi16(a, _mm_cvtsi32_si128(BITS)))
+    }
+    #[inline(always)]
+    fn right16<const BITS: u32>(self, a: __m512i) -> __m512i {
+        with_features!(_mm512_srli_epi16::<BITS>(a))
+    }
+    #[inline(always)]
+    fn signed_right16<const BITS: u32>(self, a: __m512i) -> __m512i {
+        with_features!(_mm512_srai_epi16::<BITS>(a))
+    }
+    #[inline(always)]
+    fn multiply_pairs(self, a: __m512i, b: __m512i) -> __m512i {
+        with_features!(_mm512_madd_epi16(a, b))
+    }
+    #[inline(always)]
+    unsafe fn dot_bytes(self, acc: __m512i, w: __m512i, a: __m512i) -> __m512i {
+        with_features!(_mm512_dpbusd_epi32(acc, w, a))
+    }
+}
+
+/// One way to multiply bytes.
+pub(crate) trait Dot: Copy + Send + Sync + 'static {
+    /// Runs a kernel that multiplies this way.
+    fn launch<K: Kernel>(isa: Isa, kernel: K);
+
+    /// In each lane, `acc` plus w's four unsigned bytes times the four signed bytes of `a`. Sums
+    /// wrap.
+    ///
+    /// # Safety
+    /// Only inside [`Dot::launch`].
+    unsafe fn dot<S: Simd>(s: S, acc: S::I, w: S::I, a: u32) -> S::I;
+}
+
+/// AVX-512 VNNI.
+#[derive(Clone, Copy)]
+pub(crate) struct Vnni;
+
+impl Dot for Vnni {
+    fn launch<K: Kernel>(_: Isa, kernel: K) {
+        launch_vnni(kernel);
+    }
+
+    #[inline(always)]
+    unsafe fn dot<S: Simd>(s: S, acc: S::I, w: S::I, a: u32) -> S::I {
+        // SAFETY: launch_vnni asked the processor, and runs kernels with the token Avx512.
+        unsafe { s.dot_bytes(acc, w, s.splat_i(a as i32)) }
+    }
+}
+
+/// Products of 16-bit integers.
+#[derive(Clone, Copy)]
+pub(crate) struct Widened;
+
+impl Dot for Widened {
+    fn launch<K: Kernel>(isa: Isa, kernel: K) {
+        launch(isa, kernel);
+    }
+
+    #[inline(always)]
+    unsafe fn dot<S: Simd>(s: S, acc: S::I, w: S::I, a: u32) -> S::I {
+        let a = s.splat_i(a as i32);
+        let odd = s.multiply_pairs(s.right16::<8>(w), s.signed_right16::<8>(a));
+        let even_w = s.and(w, s.splat_i(0x00ff_00ff));
+        let even_a = s.signed_right16::<8>(s.left16::<8>(a));
+        s.add_i(s.add_i(acc, s.multiply_pairs(even_w, even_a)), odd)
+    }
+}

@@ -10,8 +10,7 @@ use std::time::Instant;
 use lnv_kernels::{
     Activation, AttentionShape, Device, Epilogue, Heads, Isa, KV_BLOCK, KernelError, KvCache,
     KvDtype, Ops, PackedBytes, Precision, Slot, Span, Vector, Weight, WeightData, WeightDtype,
-    WeightPart, packed_len,
-    probe,
+    WeightPart, packed_len, probe,
 };
 
 /// Weights of one shape.

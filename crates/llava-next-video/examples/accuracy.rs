@@ -61,14 +61,15 @@ const FORMATS: &[Format] = &[
     Format {
         name: "f16",
         options: || stored(Dtype::F16),
+        // Its keys and values are kept in bf16, which sets the bound.
         bound: Bound::Near {
-            perplexity: 0.02,
-            agreement: 99.5,
+            perplexity: 0.2,
+            agreement: 98.5,
         },
     },
 ];
 
-/// Formats that the command line is to have and the library has not yet; said, not measured.
+/// Formats that are not measured yet; said, so that nobody takes silence for a figure.
 const PENDING: &[&str] = &["q8", "q4", "nf4", "fp4", "int8", "kv-bf16", "kv-int8"];
 
 fn stored(dtype: Dtype) -> LoadOptions<'static> {
@@ -165,7 +166,7 @@ fn run() -> Result<bool, Box<dyn Error>> {
         );
     }
     if !PENDING.is_empty() {
-        println!("skipped, not there yet: {}", PENDING.join(", "));
+        println!("not measured yet: {}", PENDING.join(", "));
     }
     let mut good = true;
     if let Some(expect) = args.expect

@@ -39,4 +39,5 @@ pub use kv_cache::{Heads, KV_BLOCK, KvCache, KvDtype, Slot};
 pub use ops::{
     Activation, AttentionShape, Epilogue, Ops, PatchGeometry, PoolMode, Precision, Span,
 };
+pub use weight::bnb;
 pub use weight::{PackedBytes, Weight, WeightData, WeightDtype, WeightPart, packed_len};

@@ -10,6 +10,7 @@
 //!
 //! Refused: keeping a second, row-major copy. A row (an embedding) is gathered out of its panel.
 
+pub mod bnb;
 mod float;
 mod packed;
 pub(crate) mod q4;

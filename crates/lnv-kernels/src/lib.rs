@@ -40,4 +40,7 @@ pub use ops::{
     Activation, AttentionShape, Epilogue, Ops, PatchGeometry, PoolMode, Precision, Span,
 };
 pub use weight::bnb;
-pub use weight::{PackedBytes, Weight, WeightData, WeightDtype, WeightPart, packed_len};
+pub use weight::bnb::Code4;
+pub use weight::{
+    Bnb4, Compute, Int8, PackedBytes, Weight, WeightData, WeightDtype, WeightPart, packed_len,
+};

@@ -68,6 +68,9 @@ pub(crate) fn linear(
         WeightDtype::Q8 => product::<Q8<Widened>>(isa, x, w, finish, out),
         WeightDtype::Q4 if isa >= Isa::Avx512Vnni => product::<Q4<Vnni>>(isa, x, w, finish, out),
         WeightDtype::Q4 => product::<Q4<Widened>>(isa, x, w, finish, out),
+        WeightDtype::Bnb4(_) | WeightDtype::Int8(_) => {
+            crate::reference::linear(x, w, finish.0, finish.1, out);
+        }
     }
 }
 
@@ -607,6 +610,8 @@ pub(crate) fn spin(isa: Isa, dtype: WeightDtype, times: usize) -> Spun {
         WeightDtype::Q8 => spin_format::<Q8<Widened>>(isa, times),
         WeightDtype::Q4 if isa >= Isa::Avx512Vnni => spin_format::<Q4<Vnni>>(isa, times),
         WeightDtype::Q4 => spin_format::<Q4<Widened>>(isa, times),
+        WeightDtype::Bnb4(_) => spin(isa, WeightDtype::Bf16, times),
+        WeightDtype::Int8(_) => spin(isa, WeightDtype::Q8, times),
     }
 }
 

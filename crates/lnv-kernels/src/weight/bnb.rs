@@ -327,7 +327,8 @@ pub(crate) fn quantize_int8_row(values: &[f32], codes: &mut [u8]) -> f32 {
         .map(|value| round(value).to_bits() & 0x7fff_ffff)
         .max();
     let largest = f32::from_bits(largest.unwrap_or(0));
-    let codes_per_value = 127.0 / largest;
+    // As PyTorch divides a number by a tensor.
+    let codes_per_value = (1.0 / largest) * 127.0;
     for (code, value) in codes.iter_mut().zip(values) {
         // A cast of NaN gives 0.
         *code = (round(value) * codes_per_value).round_ties_even() as i8 as u8;

@@ -3,6 +3,7 @@
 //!
 //! An unsupported setting is refused here, by name. Nothing is guessed from a model's name.
 
+mod bitsandbytes;
 mod fields;
 mod files;
 mod generation;
@@ -14,11 +15,13 @@ mod vision;
 
 use lnv_kernels::Activation;
 
-pub(crate) use fields::kind;
+pub use bitsandbytes::{BitsAndBytesConfig, BitsAndBytesKind, QuantStorage, QuantType};
+pub(crate) use bitsandbytes::{from_torch_name, torch_name};
+pub(crate) use fields::{kind, whole};
 pub use files::{CheckpointFiles, MAX_JSON_BYTES};
 pub use generation::GenerationConfig;
 pub use model::{Dtype, LlavaNextVideoConfig, SelectStrategy, SpatialPoolMode, default_pinpoints};
-pub use quantization::{PACKED_VERSION, PackedFormat, Quantization};
+pub use quantization::{PACKED_VERSION, PackedFormat, PackedQuantization, Quantization};
 pub use rope::{
     LongRopeScaling, RopeConfig, RopeFrequencies, RopeOverride, RopeScaling, YarnScaling,
     linear_factor_for_frames, parse_rope_override,

@@ -5,6 +5,8 @@
 //! loading; no code here asks for it again. Knows no request, no text and no file other than weights.
 
 pub mod batch;
+mod bitsandbytes;
+mod export;
 pub mod formats;
 pub mod forward;
 pub mod language_model;

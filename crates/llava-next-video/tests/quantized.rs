@@ -24,6 +24,9 @@ const MODELS: [&str; 5] = [
     "siglip-full",
 ];
 
+/// The formats of the packed layout.
+const PACKED: [Quantization; 2] = [Quantization::Q8, Quantization::Q4];
+
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/golden")
 }
@@ -95,13 +98,13 @@ fn apart(ours: &[Vec<f32>], truth: &[Vec<f32>]) -> f64 {
 #[test]
 fn a_saved_checkpoint_is_the_one_quantised_while_loading_bit_for_bit() {
     for name in MODELS {
-        for quantization in Quantization::ALL {
-            let model = load(&golden().join(name), &quantising(quantization));
+        for quantization in PACKED {
+            let model = load(&golden().join(name), &quantising(quantization.clone()));
             let truth = logits(name, &model);
             for max_file_bytes in [usize::MAX, 50_000] {
-                let directory = saved(name, quantization, max_file_bytes);
+                let directory = saved(name, quantization.clone(), max_file_bytes);
                 let again = load(directory.path(), &LoadOptions::default());
-                assert_eq!(again.quantization(), Some(quantization));
+                assert_eq!(again.quantization(), Some(&quantization));
                 assert_eq!(
                     (again.dtype(), again.bytes()),
                     (model.dtype(), model.bytes())
@@ -124,7 +127,10 @@ fn quantised_logits_stay_near_those_of_the_weights_they_come_from() {
         let truth = logits(name, &load(&golden().join(name), &exact));
         // Random weights are the worst case: nothing in them makes up for a rounding.
         for (quantization, most) in [(Quantization::Q8, 0.08), (Quantization::Q4, 0.5)] {
-            let ours = logits(name, &load(&golden().join(name), &quantising(quantization)));
+            let ours = logits(
+                name,
+                &load(&golden().join(name), &quantising(quantization.clone())),
+            );
             let apart = apart(&ours, &truth);
             assert!(apart < most, "{name} {quantization:?}: {apart}");
         }
@@ -275,12 +281,12 @@ fn the_plan_is_what_is_loaded() {
         let checkpoint = Checkpoint::open(&files).unwrap();
         for quantization in [None, Some(Quantization::Q8), Some(Quantization::Q4)] {
             let options = LoadOptions {
-                quantization,
+                quantization: quantization.clone(),
                 ..LoadOptions::default()
             };
             let formats =
                 llava_next_video::model::Formats::choose(&config, &checkpoint, &options).unwrap();
-            let plan = LlavaNextVideoModel::plan(&config, formats).unwrap();
+            let plan = LlavaNextVideoModel::plan(&config, &formats).unwrap();
             let matrices = plan.iter().filter(|weight| weight.format.is_some());
             // The pooler's convolution is not counted among the model's bytes.
             let matrices = matrices.filter(|weight| !weight.name.starts_with("vision_resampler"));

@@ -70,7 +70,8 @@ pub struct ModelArgs {
 #[derive(Args, Debug, Clone)]
 #[command(next_help_heading = "Model")]
 pub struct RunArgs {
-    /// Type of the weights in memory; auto keeps the checkpoint's, and is bf16 beside q8 and q4.
+    /// Type of the weights in memory; auto keeps the checkpoint's, is bf16 beside q8 and q4, and f16
+    /// beside nf4, fp4 and int8.
     #[arg(long, value_enum, default_value_t = DtypeArg::Auto, hide_possible_values = true,
           value_name = "auto|f32|bf16|f16", hide_default_value = true)]
     pub dtype: DtypeArg,
@@ -86,6 +87,8 @@ pub struct RunArgs {
         value_name = "q8|q4|nf4|fp4|int8"
     )]
     pub quantize: Option<QuantizeArg>,
+    #[command(flatten)]
+    pub bitsandbytes: BitsAndBytesArgs,
     /// Where to compute: cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     pub device: String,
@@ -133,6 +136,40 @@ pub enum QuantizeArg {
     Fp4,
     /// bitsandbytes LLM.int8().
     Int8,
+}
+
+/// The rest of a `BitsAndBytesConfig`.
+#[derive(Args, Debug, Clone, Default)]
+#[command(next_help_heading = "Model")]
+pub struct BitsAndBytesArgs {
+    /// With nf4 and fp4: keep the blocks' scales in 8 bits (double quantisation).
+    #[arg(long)]
+    pub double_quant: bool,
+    /// With nf4 and fp4: type of the products [default: f32 with --dtype f32, else bf16].
+    #[arg(
+        long,
+        value_enum,
+        hide_possible_values = true,
+        value_name = "f32|bf16|f16"
+    )]
+    pub compute_dtype: Option<ComputeArg>,
+    /// With nf4, fp4 and int8: modules that are not quantised, by name or path [default: lm_head].
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
+    pub skip_modules: Option<Vec<String>>,
+    /// With int8: activations this large are not rounded to 8 bits; 0 rounds all [default: 6].
+    #[arg(long, value_name = "X")]
+    pub int8_threshold: Option<f32>,
+}
+
+/// `--compute-dtype`.
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ComputeArg {
+    /// 32-bit floats.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// Half precision.
+    F16,
 }
 
 /// Which frames of a video are taken.
@@ -387,7 +424,9 @@ pub struct QuantizeArgs {
         value_name = "q8|q4|nf4|fp4|int8"
     )]
     pub to: QuantizeArg,
-    /// Type of what is not quantised: embeddings, norms, projector.
+    #[command(flatten)]
+    pub bitsandbytes: BitsAndBytesArgs,
+    /// Type of what is not quantised; auto is bf16, or f16 for nf4, fp4 and int8.
     #[arg(long, value_enum, default_value_t = DtypeArg::Auto, hide_possible_values = true,
           value_name = "auto|f32|bf16|f16", hide_default_value = true)]
     pub dtype: DtypeArg,
@@ -399,9 +438,8 @@ pub struct QuantizeArgs {
 /// `lnv inspect`.
 #[derive(Args, Debug)]
 pub struct InspectArgs {
-    /// Directory in Hugging Face layout, or a hub id; without it, the built-in demo model.
-    #[arg(long, short, value_name = "DIR|ID")]
-    pub model: Option<String>,
+    #[command(flatten)]
+    pub model: ModelArgs,
     /// How to print it.
     #[arg(long, value_enum, default_value_t = Format::Text, hide_possible_values = true, value_name = "text|json")]
     pub format: Format,

@@ -78,7 +78,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         .transpose()?;
     let opening = Instant::now();
     let (config, checkpoint) = open(args)?;
-    let load_options = options.load_options(args.frames);
+    let load_options = options.load_options(&config, args.frames);
     let formats = Formats::choose(&config, &checkpoint, &load_options)?;
     let opening = opening.elapsed().as_secs_f64();
     let limits = Limits::measure(&formats, options.device)?;

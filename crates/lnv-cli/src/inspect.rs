@@ -8,19 +8,23 @@ use llava_next_video::model::{
     kv_bytes_per_token,
 };
 use lnv_kernels::WeightDtype;
+use lnv_kernels::bnb::Code4;
 use serde_json::json;
 
 use crate::args::{Format, InspectArgs};
+use crate::model::{DEFAULT_FRAMES, RunOptions};
 use crate::output::size;
 use crate::{checkpoint, output};
 
 /// Runs the command.
 pub fn run(args: &InspectArgs) -> Result<()> {
-    let files = checkpoint::open(args.model.as_deref())?;
+    let options = RunOptions::new(&args.model.run)?;
+    let files = checkpoint::open(args.model.model.as_deref())?;
     let config = LlavaNextVideoConfig::read(&files)?;
     let weights = Checkpoint::open(&files)?;
     let generation = GenerationConfig::read(&files)?;
-    let facts = Facts::new(&files.name(), &config, &weights)?;
+    let options = options.load_options(&config, DEFAULT_FRAMES);
+    let facts = Facts::new(&files.name(), (&config, &weights), &options)?;
     match args.format {
         Format::Json => output::line(&facts.json(&config, &generation).to_string()),
         Format::Text => output::write(&facts.text(&config, &generation)),
@@ -51,12 +55,17 @@ struct PartBytes {
 }
 
 impl Facts {
-    fn new(name: &str, config: &LlavaNextVideoConfig, weights: &Checkpoint) -> Result<Self> {
+    fn new(
+        name: &str,
+        (config, weights): (&LlavaNextVideoConfig, &Checkpoint),
+        options: &LoadOptions<'_>,
+    ) -> Result<Self> {
         let tensors = weights.tensors();
-        let formats = Formats::choose(config, weights, &LoadOptions::default())?;
-        let plan = LlavaNextVideoModel::plan(config, formats)?;
+        let formats = Formats::choose(config, weights, options)?;
+        let plan = LlavaNextVideoModel::plan(config, &formats)?;
         let text = &config.text_config;
-        let kv_dtype = default_kv_dtype(formats.dtype);
+        let kv_dtype = options.kv_cache_dtype;
+        let kv_dtype = kv_dtype.unwrap_or_else(|| default_kv_dtype(formats.dtype));
         let mut dtypes: Vec<(String, usize)> = Vec::new();
         for tensor in &tensors {
             match dtypes.iter_mut().find(|(dtype, _)| *dtype == tensor.dtype) {
@@ -68,10 +77,10 @@ impl Facts {
         let elements = |shape: &[usize]| shape.iter().product::<usize>();
         Ok(Self {
             name: name.to_owned(),
-            parameters: match config.packed {
+            parameters: match is_quantised(config) {
                 // The tensors' shapes are those of bytes.
-                Some(_) => plan.iter().map(|weight| elements(&weight.shape)).sum(),
-                None => tensors.iter().map(|t| elements(&t.shape)).sum(),
+                true => plan.iter().map(|weight| elements(&weight.shape)).sum(),
+                false => tensors.iter().map(|t| elements(&t.shape)).sum(),
             },
             file_bytes: tensors.iter().map(|t| t.bytes).sum(),
             used_bytes: total(&plan),
@@ -99,7 +108,7 @@ impl Facts {
             "file_bytes": self.file_bytes,
             "loaded_bytes": self.used_bytes,
             "dtype": self.formats.dtype.name(),
-            "quantize": self.formats.quantization.map(|q| q.name()),
+            "quantize": self.formats.quantization.as_ref().map(|q| q.name()),
             "formats": self.parts.iter().map(|p| json!({
                 "part": part_name(p.part), "format": p.format, "bytes": p.bytes,
             })).collect::<Vec<_>>(),
@@ -201,7 +210,7 @@ impl Facts {
                 format!(
                     "{} of weights{}, {} a token of context",
                     size(self.used_bytes),
-                    match self.formats.quantization {
+                    match &self.formats.quantization {
                         Some(_) => "",
                         None => " in the stored type",
                     },
@@ -289,7 +298,17 @@ fn format_name(format: WeightDtype) -> &'static str {
         WeightDtype::F16 => "f16",
         WeightDtype::Q8 => "q8",
         WeightDtype::Q4 => "q4",
+        WeightDtype::Bnb4(format) => match format.code {
+            Code4::Nf4 => "nf4",
+            Code4::Fp4 => "fp4",
+        },
+        WeightDtype::Int8(_) => "int8",
     }
+}
+
+/// True for a checkpoint whose weights are quantised in its files.
+fn is_quantised(config: &LlavaNextVideoConfig) -> bool {
+    config.packed.is_some() || config.quantization_config.is_some()
 }
 
 /// Bytes of the weights with each `--quantize`; none where they are quantised already.
@@ -297,19 +316,19 @@ fn choices(
     config: &LlavaNextVideoConfig,
     weights: &Checkpoint,
 ) -> Result<Vec<(Quantization, usize)>> {
-    if config.packed.is_some() {
+    if is_quantised(config) {
         return Ok(Vec::new());
     }
     let mut choices = Vec::new();
     for quantization in Quantization::ALL {
         let options = LoadOptions {
-            quantization: Some(quantization),
+            quantization: Some(quantization.clone()),
             ..LoadOptions::default()
         };
         let formats = Formats::choose(config, weights, &options)?;
         choices.push((
             quantization,
-            total(&LlavaNextVideoModel::plan(config, formats)?),
+            total(&LlavaNextVideoModel::plan(config, &formats)?),
         ));
     }
     Ok(choices)

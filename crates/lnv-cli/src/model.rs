@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use anyhow::{Result, anyhow, bail};
 use llava_next_video::config::{
-    CheckpointFiles, Dtype, GenerationConfig, LlavaNextVideoConfig, Quantization, RopeOverride,
-    parse_rope_override,
+    BitsAndBytesConfig, BitsAndBytesKind, CheckpointFiles, Dtype, GenerationConfig,
+    LlavaNextVideoConfig, QuantType, Quantization, RopeOverride, parse_rope_override,
 };
 use llava_next_video::engine::{EarlyStopping, GenerationOptions, Sampling};
 use llava_next_video::media::FrameSampling;
@@ -14,7 +14,8 @@ use llava_next_video::model::{Checkpoint, LlavaNextVideoModel, LoadOptions};
 use lnv_kernels::{Device, KvDtype};
 
 use crate::args::{
-    DtypeArg, EarlyStoppingArg, FrameArgs, GenerationArgs, KvDtypeArg, QuantizeArg, RunArgs,
+    BitsAndBytesArgs, ComputeArg, DtypeArg, EarlyStoppingArg, FrameArgs, GenerationArgs,
+    KvDtypeArg, QuantizeArg, RunArgs,
 };
 use crate::progress::{Unit, bar, note};
 
@@ -33,12 +34,14 @@ pub struct Loaded {
 }
 
 /// Settings that were checked before anything is read.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct RunOptions {
     /// Type of the weights that are not quantised.
     pub dtype: Option<Dtype>,
     /// How the others are quantised.
     pub quantization: Option<Quantization>,
+    /// What was typed of bitsandbytes' settings.
+    bitsandbytes: BitsAndBytesArgs,
     /// Type of the keys and values.
     pub kv_cache_dtype: Option<KvDtype>,
     /// Where to compute.
@@ -50,9 +53,18 @@ pub struct RunOptions {
 impl RunOptions {
     /// Checks what was typed.
     pub fn new(args: &RunArgs) -> Result<Self> {
+        let dtype = dtype(args.dtype);
+        let quantization = match args.quantize {
+            Some(wanted) => Some(quantization(wanted, &args.bitsandbytes, dtype)?),
+            None => {
+                not_typed(&args.bitsandbytes, "without --quantize")?;
+                None
+            }
+        };
         Ok(Self {
-            dtype: dtype(args.dtype),
-            quantization: args.quantize.map(quantization).transpose()?,
+            dtype,
+            quantization,
+            bitsandbytes: args.bitsandbytes.clone(),
             kv_cache_dtype: kv_dtype(args.kv_cache_dtype),
             device: Device::from_str(&args.device).map_err(|e| anyhow!("{e}"))?,
             rope: args
@@ -94,7 +106,7 @@ impl RunOptions {
         };
         let options = LoadOptions {
             progress: Some(&report),
-            ..self.load_options(frames)
+            ..self.load_options(&config, frames)
         };
         let model = LlavaNextVideoModel::from_checkpoint(config, checkpoint, &options);
         progress.finish_and_clear();
@@ -104,11 +116,28 @@ impl RunOptions {
         })
     }
 
-    /// The library's options, without progress.
-    pub fn load_options(&self, frames: usize) -> LoadOptions<'static> {
+    /// The library's options for a checkpoint, without progress.
+    pub fn load_options(
+        &self,
+        config: &LlavaNextVideoConfig,
+        frames: usize,
+    ) -> LoadOptions<'static> {
+        let mut quantization = self.quantization.clone();
+        if let Some(Quantization::BitsAndBytes(wanted)) = &mut quantization
+            && let Some(stored) = &config.quantization_config
+        {
+            // What was not typed is as the checkpoint has it.
+            let typed = &self.bitsandbytes;
+            if typed.compute_dtype.is_none() {
+                wanted.bnb_4bit_compute_dtype = stored.bnb_4bit_compute_dtype;
+            }
+            if typed.int8_threshold.is_none() {
+                wanted.llm_int8_threshold = stored.llm_int8_threshold;
+            }
+        }
         LoadOptions {
             dtype: self.dtype,
-            quantization: self.quantization,
+            quantization,
             kv_cache_dtype: self.kv_cache_dtype,
             device: self.device,
             rope: self.rope.map(|rope| (rope, frames)),
@@ -127,16 +156,76 @@ pub fn dtype(arg: DtypeArg) -> Option<Dtype> {
     }
 }
 
-/// `--quantize` and `--to`.
-pub fn quantization(arg: QuantizeArg) -> Result<Quantization> {
-    let name = match arg {
-        QuantizeArg::Q8 => return Ok(Quantization::Q8),
-        QuantizeArg::Q4 => return Ok(Quantization::Q4),
-        QuantizeArg::Nf4 => "nf4",
-        QuantizeArg::Fp4 => "fp4",
-        QuantizeArg::Int8 => "int8",
+/// `--quantize` and `--to`, with what belongs to them; `dtype` is what stays dense.
+pub fn quantization(
+    arg: QuantizeArg,
+    typed: &BitsAndBytesArgs,
+    dtype: Option<Dtype>,
+) -> Result<Quantization> {
+    let kind = match arg {
+        QuantizeArg::Q8 => {
+            not_typed(typed, "with q8")?;
+            return Ok(Quantization::Q8);
+        }
+        QuantizeArg::Q4 => {
+            not_typed(typed, "with q4")?;
+            return Ok(Quantization::Q4);
+        }
+        QuantizeArg::Nf4 => BitsAndBytesKind::FourBit(QuantType::Nf4),
+        QuantizeArg::Fp4 => BitsAndBytesKind::FourBit(QuantType::Fp4),
+        QuantizeArg::Int8 => BitsAndBytesKind::Int8,
     };
-    bail!("{name} is not available in this version: use q8 or q4")
+    let mut config = BitsAndBytesConfig {
+        llm_int8_skip_modules: typed.skip_modules.clone(),
+        ..BitsAndBytesConfig::of(kind)
+    };
+    match kind {
+        BitsAndBytesKind::FourBit(_) => {
+            if typed.int8_threshold.is_some() {
+                bail!(
+                    "--int8-threshold is for int8, not {}: leave it out",
+                    kind.name()
+                );
+            }
+            config.bnb_4bit_use_double_quant = typed.double_quant;
+            config.bnb_4bit_compute_dtype = match (typed.compute_dtype, dtype) {
+                (Some(ComputeArg::F32), _) | (None, Some(Dtype::F32)) => Dtype::F32,
+                (Some(ComputeArg::F16), _) => Dtype::F16,
+                (Some(ComputeArg::Bf16) | None, _) => Dtype::Bf16,
+            };
+        }
+        BitsAndBytesKind::Int8 => {
+            if typed.double_quant {
+                bail!("--double-quant is for nf4 and fp4, not int8: leave it out");
+            }
+            if typed.compute_dtype.is_some() {
+                bail!("--compute-dtype is for nf4 and fp4, not int8: leave it out");
+            }
+            if let Some(threshold) = typed.int8_threshold {
+                if !(threshold >= 0.0 && threshold.is_finite()) {
+                    bail!("--int8-threshold is {threshold}; it must be 0 or above");
+                }
+                config.llm_int8_threshold = threshold;
+            }
+        }
+    }
+    Ok(config.into())
+}
+
+/// Refuses bitsandbytes' settings where they have no effect.
+fn not_typed(typed: &BitsAndBytesArgs, place: &str) -> Result<()> {
+    let given = [
+        ("--double-quant", typed.double_quant),
+        ("--compute-dtype", typed.compute_dtype.is_some()),
+        ("--skip-modules", typed.skip_modules.is_some()),
+        ("--int8-threshold", typed.int8_threshold.is_some()),
+    ];
+    match given.iter().find(|(_, given)| *given) {
+        Some((name, _)) => {
+            bail!("{name} has no effect {place}: it belongs to --quantize nf4, fp4 or int8")
+        }
+        None => Ok(()),
+    }
 }
 
 fn kv_dtype(arg: KvDtypeArg) -> Option<KvDtype> {

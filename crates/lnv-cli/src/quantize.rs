@@ -20,10 +20,12 @@ const OTHER_FILES: u64 = 64 << 20;
 
 /// Runs the command.
 pub fn run(args: &QuantizeArgs) -> Result<()> {
-    let quantization = model::quantization(args.to)?;
+    let dtype = model::dtype(args.dtype);
+    let quantization = model::quantization(args.to, &args.bitsandbytes, dtype)?;
+    let name = quantization.name();
     let target = Target::new(&args.output)?;
     let files = checkpoint::open(args.model.as_deref())?;
-    let repacking = Repacking::open(&files, quantization, model::dtype(args.dtype))?;
+    let repacking = Repacking::open(&files, quantization, dtype)?;
     let (before, after) = (repacking.bytes_before(), repacking.bytes_after());
     target.check_room(after as u64)?;
     let stop = output::stop_flag()?;
@@ -48,7 +50,7 @@ pub fn run(args: &QuantizeArgs) -> Result<()> {
         output::size(before),
         repacking.stored_dtype().name(),
         output::size(after),
-        quantization.name(),
+        name,
         target.name()
     ));
     Ok(())

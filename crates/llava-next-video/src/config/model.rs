@@ -2,9 +2,10 @@
 
 use lnv_kernels::Activation;
 
+use super::bitsandbytes::BitsAndBytesConfig;
 use super::fields::{Fields, whole};
 use super::files::CheckpointFiles;
-use super::quantization::{PackedFormat, read_packed};
+use super::quantization::{PackedFormat, Stored, read_stored};
 use super::read_activation;
 use super::text::TextConfig;
 use super::vision::VisionConfig;
@@ -113,6 +114,8 @@ pub struct LlavaNextVideoConfig {
     pub dtype: Option<Dtype>,
     /// What the checkpoint holds where `lnv quantize` wrote it (`quantization_config`).
     pub packed: Option<PackedFormat>,
+    /// How its weights are quantised where bitsandbytes did it (`quantization_config`).
+    pub quantization_config: Option<BitsAndBytesConfig>,
 }
 
 impl LlavaNextVideoConfig {
@@ -159,6 +162,11 @@ impl LlavaNextVideoConfig {
             };
             Ok(fields.size(key, default, ids.clone())? as u32)
         };
+        let (packed, quantization_config) = match read_stored(&fields)? {
+            None => (None, None),
+            Some(Stored::Packed(format)) => (Some(format), None),
+            Some(Stored::BitsAndBytes(config)) => (None, Some(config)),
+        };
         let config = Self {
             text_config: TextConfig::read(&text)?,
             image_token_index: id("image_token_id", "image_token_index", 32_001)?,
@@ -180,7 +188,8 @@ impl LlavaNextVideoConfig {
             video_seq_length: fields.size("video_seq_length", 288, 0..=1 << 30)?,
             pad_token_id: fields.ids("pad_token_id")?.first().copied(),
             dtype: read_dtype(&fields)?.or(read_dtype(&text)?),
-            packed: read_packed(&fields)?,
+            packed,
+            quantization_config,
             vision_config,
         };
         config.check(&fields)?;

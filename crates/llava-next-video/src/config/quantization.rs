@@ -1,9 +1,11 @@
 //! How weights are quantised: what may be asked for, and what a checkpoint says it holds.
 //!
-//! `quantization_config` with `quant_method` "lnv" describes a directory that `lnv quantize` wrote: its
-//! matrices are stored as the kernels read them. The layout has a version; another one is refused by
-//! name rather than misread, as is every other method.
+//! `quantization_config` has one of two methods. "lnv" describes a directory that `lnv quantize` wrote:
+//! its matrices are stored as the kernels read them. The layout has a version; another one is refused by
+//! name rather than misread. "bitsandbytes" describes what Transformers writes (`bitsandbytes.rs`). Every
+//! other method is refused by name.
 
+use super::bitsandbytes::{BitsAndBytesConfig, BitsAndBytesKind, QuantType};
 use super::fields::Fields;
 use super::model::Dtype;
 use crate::error::Result;
@@ -15,32 +17,78 @@ pub const PACKED_VERSION: usize = 1;
 const KEY: &str = "quantization_config";
 
 /// A way to quantise weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Quantization {
     /// 8-bit weights and activations.
     Q8,
     /// 4-bit weights in groups of 64, 8-bit activations; the vision tower as with [`Quantization::Q8`].
     Q4,
+    /// As bitsandbytes does it.
+    BitsAndBytes(BitsAndBytesConfig),
 }
 
 impl Quantization {
     /// Every way, the usual settings of each.
-    pub const ALL: [Self; 2] = [Self::Q8, Self::Q4];
+    pub const ALL: [Self; 5] = [
+        Self::Q8,
+        Self::Q4,
+        Self::BitsAndBytes(BitsAndBytesConfig::of(BitsAndBytesKind::FourBit(
+            QuantType::Nf4,
+        ))),
+        Self::BitsAndBytes(BitsAndBytesConfig::of(BitsAndBytesKind::FourBit(
+            QuantType::Fp4,
+        ))),
+        Self::BitsAndBytes(BitsAndBytesConfig::of(BitsAndBytesKind::Int8)),
+    ];
 
     /// The name that the command line and `config.json` use.
-    pub fn name(self) -> &'static str {
+    pub fn name(&self) -> &'static str {
         match self {
             Self::Q8 => "q8",
             Self::Q4 => "q4",
+            // A configuration that asks for nothing is refused before it gets a name.
+            Self::BitsAndBytes(config) => config.kind().map_or("none", BitsAndBytesKind::name),
         }
     }
+}
+
+impl From<BitsAndBytesConfig> for Quantization {
+    fn from(config: BitsAndBytesConfig) -> Self {
+        Self::BitsAndBytes(config)
+    }
+}
+
+/// What `lnv quantize` packs weights into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PackedQuantization {
+    /// [`Quantization::Q8`].
+    Q8,
+    /// [`Quantization::Q4`].
+    Q4,
+}
+
+impl From<PackedQuantization> for Quantization {
+    fn from(packed: PackedQuantization) -> Self {
+        match packed {
+            PackedQuantization::Q8 => Self::Q8,
+            PackedQuantization::Q4 => Self::Q4,
+        }
+    }
+}
+
+/// What a checkpoint says of its weights.
+pub(super) enum Stored {
+    /// They are packed as the kernels read them.
+    Packed(PackedFormat),
+    /// They are bitsandbytes'.
+    BitsAndBytes(BitsAndBytesConfig),
 }
 
 /// What a packed checkpoint holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PackedFormat {
     /// The format of the quantised matrices.
-    pub quantization: Quantization,
+    pub quantization: PackedQuantization,
     /// The type of everything else.
     pub dense: Dtype,
 }
@@ -51,7 +99,7 @@ impl PackedFormat {
         serde_json::json!({
             "quant_method": "lnv",
             "version": PACKED_VERSION,
-            "format": self.quantization.name(),
+            "format": Quantization::from(self.quantization).name(),
             "dense": self.dense.name(),
         })
     }
@@ -61,23 +109,40 @@ impl PackedFormat {
 ///
 /// # Errors
 /// A method, version or format that this program does not know, named.
-pub(super) fn read_packed(fields: &Fields<'_>) -> Result<Option<PackedFormat>> {
+pub(super) fn read_stored(fields: &Fields<'_>) -> Result<Option<Stored>> {
     let Some(fields) = fields.object(KEY, KEY)? else {
         return Ok(None);
     };
     match fields.text("quant_method")? {
-        Some("lnv") => {}
+        Some("lnv") => read_packed(&fields).map(Stored::Packed).map(Some),
+        Some("bitsandbytes") => read_bitsandbytes(&fields),
+        // Before there were other methods, Transformers did not name this one.
+        None if fields
+            .get("load_in_4bit")
+            .or(fields.get("load_in_8bit"))
+            .is_some() =>
+        {
+            read_bitsandbytes(&fields)
+        }
         other => {
             let method = other.unwrap_or("unknown");
-            return Err(fields.complain(
+            Err(fields.complain(
                 "quant_method",
                 &format!(
                     "says the weights are quantised with {method:?}, which is not supported: use \
                      the checkpoint in bf16, f16 or f32"
                 ),
-            ));
+            ))
         }
     }
+}
+
+fn read_bitsandbytes(fields: &Fields<'_>) -> Result<Option<Stored>> {
+    let config = BitsAndBytesConfig::read(fields)?;
+    Ok(Some(Stored::BitsAndBytes(config)))
+}
+
+fn read_packed(fields: &Fields<'_>) -> Result<PackedFormat> {
     let version = fields.size("version", 0, 0..=usize::MAX >> 11)?;
     if version != PACKED_VERSION {
         return Err(fields.complain(
@@ -89,8 +154,8 @@ pub(super) fn read_packed(fields: &Fields<'_>) -> Result<Option<PackedFormat>> {
         ));
     }
     let quantization = match fields.text("format")?.unwrap_or("missing") {
-        "q8" => Quantization::Q8,
-        "q4" => Quantization::Q4,
+        "q8" => PackedQuantization::Q8,
+        "q4" => PackedQuantization::Q4,
         other => {
             return Err(fields.complain(
                 "format",
@@ -109,8 +174,8 @@ pub(super) fn read_packed(fields: &Fields<'_>) -> Result<Option<PackedFormat>> {
             ));
         }
     };
-    Ok(Some(PackedFormat {
+    Ok(PackedFormat {
         quantization,
         dense,
-    }))
+    })
 }

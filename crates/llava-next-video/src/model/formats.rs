@@ -7,19 +7,31 @@
 //! - A table that is embedding and head at once takes 8 bits in both: as a head it is read for every
 //!   token, as an embedding it is the decoder's input.
 //!
-//! Always in the model's type: embeddings (a step reads one row), the projector (half a percent of the
-//! weights, between two worlds of different scale), the patch embedding, the convolutional pooler,
-//! norms, biases, `image_newline`. So is a matrix that a format cannot take.
+//! - bitsandbytes (`nf4`, `fp4`, `int8`): what Transformers replaces, that is every linear layer of both
+//!   towers and the projector, and not the head, unless the modules to skip are named; never a tied
+//!   table. In a checkpoint that is quantised so already, its tensors say what is.
+//!
+//! Always in the model's type: embeddings (a step reads one row), the patch embedding, the convolutional
+//! pooler, norms, biases, `image_newline`; with `q8` and `q4` the projector (half a percent of the weights,
+//! between two worlds of different scale). So is a matrix that a format cannot take; where bitsandbytes
+//! has quantised it, or would, it holds the values of the codes. A matrix of several tensors is in one
+//! format, so one part that is skipped leaves all of it dense.
 
-use lnv_kernels::{PackedBytes, Weight, WeightDtype};
+use std::collections::HashMap;
+use std::sync::Arc;
 
+use lnv_kernels::{Bnb4, Compute, Int8, PackedBytes, Weight, WeightDtype};
+
+use super::bitsandbytes::{self, BLOCK};
 use super::llava_next_video::LoadOptions;
 use super::weights::Checkpoint;
-use crate::config::{Dtype, LlavaNextVideoConfig, Quantization};
+use crate::config::{
+    BitsAndBytesConfig, BitsAndBytesKind, Dtype, LlavaNextVideoConfig, Quantization,
+};
 use crate::error::{Error, Result};
 
 /// How the weights of a model are kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Formats {
     /// The type of what is not quantised.
     pub dtype: Dtype,
@@ -27,6 +39,20 @@ pub struct Formats {
     pub quantization: Option<Quantization>,
     /// The embedding table is the head as well.
     pub tied: bool,
+    /// The tensors that bitsandbytes has quantised in the file, where it has; `false` for what the
+    /// kernels cannot take as it is.
+    pub(super) quantised: Option<Arc<HashMap<String, bool>>>,
+}
+
+/// What becomes of a tensor before it is packed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Treatment<'a> {
+    /// Nothing: it is floats, and packing rounds them.
+    Plain,
+    /// bitsandbytes' arithmetic is applied to it.
+    Quantise(&'a BitsAndBytesConfig, BitsAndBytesKind),
+    /// It is quantised already.
+    Quantised,
 }
 
 /// What a weight belongs to.
@@ -69,24 +95,29 @@ impl Formats {
         options: &LoadOptions<'_>,
     ) -> Result<Self> {
         let tied = config.text_config.tie_word_embeddings;
+        if let Some(Quantization::BitsAndBytes(wanted)) = &options.quantization {
+            wanted.kind()?;
+        }
+        if let Some(stored) = &config.quantization_config {
+            return Self::stored(stored, checkpoint, options, tied);
+        }
         let Some(packed) = config.packed else {
-            let auto = || match options.quantization {
-                Some(_) => Dtype::Bf16,
+            let auto = || match &options.quantization {
+                // What Transformers forces where no type is given.
+                Some(Quantization::BitsAndBytes(_)) => Dtype::F16,
+                Some(Quantization::Q8 | Quantization::Q4) => Dtype::Bf16,
                 None => checkpoint.stored_dtype(),
             };
             return Ok(Self {
                 dtype: options.dtype.unwrap_or_else(auto),
-                quantization: options.quantization,
+                quantization: options.quantization.clone(),
                 tied,
+                quantised: None,
             });
         };
-        if let Some(wanted) = options.quantization.filter(|q| *q != packed.quantization) {
-            return Err(Error::Checkpoint(format!(
-                "the checkpoint's weights are quantised to {} already and cannot become {}: leave \
-                 out --quantize, or quantise the original checkpoint",
-                packed.quantization.name(),
-                wanted.name()
-            )));
+        let stored = Quantization::from(packed.quantization);
+        if let Some(wanted) = options.quantization.as_ref().filter(|q| **q != stored) {
+            return Err(quantised_already(stored.name(), wanted.name()));
         }
         if let Some(wanted) = options.dtype.filter(|dtype| *dtype != packed.dense) {
             return Err(Error::Checkpoint(format!(
@@ -99,31 +130,109 @@ impl Formats {
         }
         Ok(Self {
             dtype: packed.dense,
-            quantization: Some(packed.quantization),
+            quantization: Some(stored),
             tied,
+            quantised: None,
         })
     }
 
-    /// The format of the matrix `name` (canonical), whose rows have `k` values.
-    pub fn of(&self, name: &str, k: usize) -> WeightDtype {
-        let wanted = match (self.quantization, Part::of(name)) {
+    /// The formats of a checkpoint that bitsandbytes has quantised as `config` says. Asking for the same
+    /// again says how to compute.
+    fn stored(
+        config: &BitsAndBytesConfig,
+        checkpoint: &Checkpoint,
+        options: &LoadOptions<'_>,
+        tied: bool,
+    ) -> Result<Self> {
+        let kind = config.kind()?;
+        let mut used = config.clone();
+        match &options.quantization {
+            None => {}
+            Some(Quantization::BitsAndBytes(wanted)) if wanted.kind()? == kind => {
+                used.bnb_4bit_compute_dtype = wanted.bnb_4bit_compute_dtype;
+                used.llm_int8_threshold = wanted.llm_int8_threshold;
+            }
+            Some(other) => return Err(quantised_already(kind.name(), other.name())),
+        }
+        let mut quantised = HashMap::new();
+        for name in checkpoint.names() {
+            let Some((found, whole)) = bitsandbytes::stored_kind(checkpoint, name)? else {
+                continue;
+            };
+            if found != kind {
+                return Err(Error::Checkpoint(format!(
+                    "config.json says the weights are {}, but the tensor {name} is {}: they are not of \
+                     one checkpoint",
+                    kind.name(),
+                    found.name()
+                )));
+            }
+            quantised.insert(name.to_owned(), whole);
+        }
+        Ok(Self {
+            dtype: options.dtype.unwrap_or_else(|| checkpoint.stored_dtype()),
+            quantization: Some(used.into()),
+            tied,
+            quantised: Some(Arc::new(quantised)),
+        })
+    }
+
+    /// The format of a matrix of these tensors (canonical names), whose rows have `k` values.
+    pub fn of(&self, names: &[&str], k: usize) -> WeightDtype {
+        let part = names.first().map_or(Part::Projector, |name| Part::of(name));
+        let wanted = match (&self.quantization, part) {
+            (Some(Quantization::BitsAndBytes(config)), _) => {
+                match names.iter().all(|name| self.packs(name, k)) {
+                    true => kernel_format(config),
+                    false => None,
+                }
+            }
             (Some(Quantization::Q8), Part::VisionTower | Part::Decoder | Part::Head)
-            | (Some(Quantization::Q4), Part::VisionTower) => WeightDtype::Q8,
-            (Some(Quantization::Q4), Part::Decoder | Part::Head) => WeightDtype::Q4,
-            (Some(_), Part::Embeddings) if self.tied => WeightDtype::Q8,
-            _ => return self.dense(),
+            | (Some(Quantization::Q4), Part::VisionTower) => Some(WeightDtype::Q8),
+            (Some(Quantization::Q4), Part::Decoder | Part::Head) => Some(WeightDtype::Q4),
+            (Some(_), Part::Embeddings) if self.tied => Some(WeightDtype::Q8),
+            _ => None,
         };
-        match empty_weight(k, wanted) {
-            Some(_) => wanted,
-            None => self.dense(),
+        let taken = wanted.filter(|wanted| empty_weight(k, *wanted).is_some());
+        taken.unwrap_or(self.dense())
+    }
+
+    /// What becomes of the tensor `name` (canonical).
+    pub(super) fn treatment(&self, name: &str) -> Treatment<'_> {
+        let Some(Quantization::BitsAndBytes(config)) = &self.quantization else {
+            return Treatment::Plain;
+        };
+        match (&self.quantised, config.kind()) {
+            (Some(quantised), _) if quantised.contains_key(name) => Treatment::Quantised,
+            (None, Ok(kind)) if !(self.tied && name == HEAD) && is_replaced(name, config) => {
+                Treatment::Quantise(config, kind)
+            }
+            _ => Treatment::Plain,
+        }
+    }
+
+    /// True where bitsandbytes' codes of the tensor `name` can be packed as they are.
+    fn packs(&self, name: &str, k: usize) -> bool {
+        match (self.treatment(name), &self.quantised) {
+            (Treatment::Quantised, Some(quantised)) => quantised.get(name) == Some(&true),
+            (Treatment::Quantise(_, BitsAndBytesKind::FourBit(_)), _) => k.is_multiple_of(BLOCK),
+            (Treatment::Quantise(..), _) => true,
+            _ => false,
         }
     }
 
     /// The format whose arithmetic the products of towers and decoder are done in.
     pub fn computed(&self) -> WeightDtype {
-        match self.quantization {
+        match &self.quantization {
             None => self.dense(),
             Some(Quantization::Q8 | Quantization::Q4) => WeightDtype::Q8,
+            Some(Quantization::BitsAndBytes(config)) => match kernel_format(config) {
+                Some(WeightDtype::Bnb4(format)) if format.compute == Compute::Bf16 => {
+                    WeightDtype::Bf16
+                }
+                Some(WeightDtype::Bnb4(_)) => WeightDtype::F32,
+                _ => WeightDtype::Q8,
+            },
         }
     }
 
@@ -135,6 +244,68 @@ impl Formats {
             Dtype::F16 => WeightDtype::F16,
         }
     }
+}
+
+/// The head's weight.
+const HEAD: &str = "lm_head.weight";
+
+/// The format that the kernels have for a configuration; `None` for one that asks for nothing.
+fn kernel_format(config: &BitsAndBytesConfig) -> Option<WeightDtype> {
+    Some(match config.kind().ok()? {
+        BitsAndBytesKind::FourBit(codes) => WeightDtype::Bnb4(Bnb4 {
+            code: bitsandbytes::code(codes),
+            compute: match config.bnb_4bit_compute_dtype {
+                Dtype::Bf16 => Compute::Bf16,
+                Dtype::F32 | Dtype::F16 => Compute::F32,
+            },
+        }),
+        BitsAndBytesKind::Int8 => WeightDtype::Int8(Int8::new(config.llm_int8_threshold)),
+    })
+}
+
+/// True for the weight of a linear layer that Transformers would replace by a quantised one.
+pub(super) fn is_replaced(name: &str, config: &BitsAndBytesConfig) -> bool {
+    let module = name.strip_suffix(".weight");
+    module.is_some_and(|module| is_linear(module) && !config.skips(&module_path(module)))
+}
+
+/// True for a module that is a linear layer.
+fn is_linear(module: &str) -> bool {
+    let layers = ["vision_tower.encoder.layers.", "language_model.layers."];
+    let inside = [".self_attn.", ".mlp."];
+    let own = module.rsplit('.').next().unwrap_or(module);
+    let in_layer = layers.iter().any(|prefix| module.starts_with(prefix))
+        && inside.iter().any(|block| module.contains(block))
+        && (own.ends_with("_proj") || own.starts_with("fc"));
+    let alone = [
+        "lm_head",
+        "multi_modal_projector.linear_1",
+        "multi_modal_projector.linear_2",
+        // SigLIP's, which nothing here reads.
+        "vision_tower.head.mlp.fc1",
+        "vision_tower.head.mlp.fc2",
+        "vision_tower.head.attention.out_proj",
+    ];
+    in_layer || alone.contains(&module)
+}
+
+/// The path of a module in Transformers 4.53.3, from its canonical one.
+fn module_path(module: &str) -> String {
+    if module == "lm_head" {
+        return module.to_owned();
+    }
+    match module.strip_prefix("vision_tower.") {
+        Some(rest) => format!("model.vision_tower.vision_model.{rest}"),
+        None => format!("model.{module}"),
+    }
+}
+
+/// The refusal to quantise twice.
+pub(super) fn quantised_already(stored: &str, wanted: &str) -> Error {
+    Error::Checkpoint(format!(
+        "the checkpoint's weights are quantised to {stored} already and cannot become {wanted}: leave \
+         out --quantize, or quantise the original checkpoint"
+    ))
 }
 
 /// True for a type that keeps values as they are, but for rounding.
@@ -156,7 +327,7 @@ mod tests {
 
     const MATRICES: [&str; 6] = [
         "vision_tower.embeddings.patch_embedding.weight",
-        "vision_tower.encoder.layers.0.self_attn.q_proj+k_proj+v_proj.weight",
+        "vision_tower.encoder.layers.0.self_attn.q_proj.weight",
         "multi_modal_projector.linear_1.weight",
         "language_model.layers.3.mlp.down_proj.weight",
         "language_model.embed_tokens.weight",
@@ -168,8 +339,9 @@ mod tests {
             dtype: Dtype::Bf16,
             quantization,
             tied,
+            quantised: None,
         };
-        MATRICES.map(|name| formats.of(name, 64))
+        MATRICES.map(|name| formats.of(&[name], 64))
     }
 
     #[test]
@@ -183,6 +355,16 @@ mod tests {
         for both in [Quantization::Q8, Quantization::Q4] {
             assert_eq!(formats(Some(both), true)[4], Q8);
         }
+        let nf4 = WeightDtype::Bnb4(Bnb4 {
+            code: lnv_kernels::bnb::Code4::Nf4,
+            compute: Compute::F32,
+        });
+        let bitsandbytes = formats(Some(Quantization::ALL[2].clone()), false);
+        assert_eq!(bitsandbytes, [Bf16, nf4, nf4, nf4, Bf16, Bf16]);
+        assert_eq!(
+            formats(Some(Quantization::ALL[2].clone()), true),
+            bitsandbytes
+        );
     }
 
     #[test]
@@ -191,7 +373,38 @@ mod tests {
             dtype: Dtype::F16,
             quantization: Some(Quantization::Q8),
             tied: false,
+            quantised: None,
         };
-        assert_eq!(formats.of(MATRICES[3], 1 << 20), WeightDtype::F16);
+        assert_eq!(formats.of(&[MATRICES[3]], 1 << 20), WeightDtype::F16);
+    }
+    #[test]
+    fn a_skipped_part_leaves_a_matrix_dense_and_a_tied_head_is_never_quantised() {
+        let formats = |tied| Formats {
+            dtype: Dtype::Bf16,
+            quantization: Some(Quantization::BitsAndBytes(BitsAndBytesConfig {
+                llm_int8_skip_modules: Some(vec!["v_proj".into(), "layers.1".into()]),
+                ..BitsAndBytesConfig::of(BitsAndBytesKind::Int8)
+            })),
+            tied,
+            quantised: None,
+        };
+        let int8 = WeightDtype::Int8(Int8::new(6.0));
+        let names = |layer: usize, parts: &[&str]| -> Vec<String> {
+            let name =
+                |part: &&str| format!("language_model.layers.{layer}.self_attn.{part}.weight");
+            parts.iter().map(name).collect()
+        };
+        for (layer, parts, expected) in [
+            (0, &["q_proj", "k_proj"][..], int8),
+            (0, &["q_proj", "k_proj", "v_proj"], WeightDtype::Bf16),
+            (1, &["o_proj"], WeightDtype::Bf16),
+            (11, &["o_proj"], int8),
+        ] {
+            let names = names(layer, parts);
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
+            assert_eq!(formats(false).of(&names, 96), expected, "{names:?}");
+        }
+        assert_eq!(formats(false).of(&[HEAD], 96), int8);
+        assert_eq!(formats(true).of(&[HEAD], 96), WeightDtype::Bf16);
     }
 }

@@ -22,10 +22,10 @@ use crate::error::{Error, Result};
 use crate::processor::inputs::{ImageInput, ModelInputs, Pixels, VideoInput};
 
 /// How a checkpoint is to be loaded.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct LoadOptions<'a> {
     /// The type that matrices are kept and multiplied in, those that are not quantised; `None` for the
-    /// stored one (`auto`), or bf16 when quantising.
+    /// stored one (`auto`); when quantising bf16, or f16 for bitsandbytes' formats.
     pub dtype: Option<Dtype>,
     /// Quantise the weights while loading; `None` leaves them as they are stored.
     pub quantization: Option<Quantization>,
@@ -154,7 +154,7 @@ impl LlavaNextVideoModel {
         if config.packed.is_some() {
             checkpoint.read_in_background();
         }
-        let how = (&ops, formats, options.kv_cache_dtype);
+        let how = (&ops, &formats, options.kv_cache_dtype);
         let weights = load_weights(&config, checkpoint, how, options.progress, None)?;
         Ok(Self {
             weights,
@@ -169,7 +169,7 @@ impl LlavaNextVideoModel {
     ///
     /// # Errors
     /// A dimension that no format takes.
-    pub fn plan(config: &LlavaNextVideoConfig, formats: Formats) -> Result<Vec<PlannedWeight>> {
+    pub fn plan(config: &LlavaNextVideoConfig, formats: &Formats) -> Result<Vec<PlannedWeight>> {
         let weights = RefCell::default();
         Weights::load(&Loader::plan(formats, &weights), config, None)?;
         Ok(weights.into_inner())
@@ -186,8 +186,8 @@ impl LlavaNextVideoModel {
     }
 
     /// How the weights are quantised.
-    pub fn quantization(&self) -> Option<Quantization> {
-        self.formats.quantization
+    pub fn quantization(&self) -> Option<&Quantization> {
+        self.formats.quantization.as_ref()
     }
 
     /// The device's operations.
@@ -433,7 +433,7 @@ impl LlavaNextVideoModel {
 pub(super) fn write_weights(
     config: &LlavaNextVideoConfig,
     checkpoint: &Checkpoint,
-    (ops, formats): (&Ops, Formats),
+    (ops, formats): (&Ops, &Formats),
     sink: Sink<'_>,
 ) -> Result<()> {
     let how = (ops, formats, None);
@@ -444,7 +444,7 @@ pub(super) fn write_weights(
 fn load_weights(
     config: &LlavaNextVideoConfig,
     checkpoint: &Checkpoint,
-    (ops, formats, kv_dtype): (&Ops, Formats, Option<KvDtype>),
+    (ops, formats, kv_dtype): (&Ops, &Formats, Option<KvDtype>),
     progress: Option<OnBytes<'_>>,
     sink: Option<Sink<'_>>,
 ) -> Result<Weights> {

@@ -7,17 +7,24 @@
 //! Loading streams: a tensor's pages are asked for while earlier ones are packed, read once, and given
 //! back. A quantised load peaks near its own size, whatever the size of the checkpoint.
 //!
+//! What a tensor's own treatment asks for (bitsandbytes' quantisation, or its undoing) is done to that
+//! tensor alone, right before its matrix is packed.
+//!
 //! Matrices that read the same input are packed as one. Such a weight is called after its parts:
 //! `language_model.layers.0.self_attn.q_proj+k_proj+v_proj.weight`.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 use lnv_kernels::{Ops, PackedBytes, Vector, Weight, WeightData, WeightDtype, WeightPart};
+use rayon::prelude::*;
 
-use super::formats::{Formats, empty_weight, is_float};
-use super::weights::Checkpoint;
-use crate::config::Dtype;
+use super::bitsandbytes::{self, Quantised};
+use super::formats::{Formats, Treatment, empty_weight, is_float};
+use super::weights::{Checkpoint, widen};
+use crate::config::{BitsAndBytesKind, Dtype};
 use crate::error::{Error, Result};
 
 /// Bytes of tensors that are asked for before they are needed.
@@ -26,7 +33,7 @@ const READ_AHEAD: usize = 256 << 20;
 /// What every `load` is given.
 #[derive(Clone, Copy)]
 pub struct Loader<'a> {
-    formats: Formats,
+    formats: &'a Formats,
     work: Work<'a>,
 }
 
@@ -125,13 +132,17 @@ impl<'a> Loading<'a> {
     }
 
     /// The matrix, packed.
-    fn matrix(&self, matrix: &Matrix<'_>, format: WeightDtype) -> Result<Weight> {
+    fn matrix(
+        &self,
+        matrix: &Matrix<'_>,
+        (formats, format): (&Formats, WeightDtype),
+    ) -> Result<Weight> {
         self.begin();
         let weight = if self.packed {
             let (n, k) = (matrix.n(), matrix.k);
             self.checkpoint.packed(&matrix.name(), (n, k), format)?
         } else {
-            self.pack(matrix, format)?
+            self.pack(matrix, (formats, format))?
         };
         match self.packed {
             true => self.end(std::iter::once(matrix.name().as_str())),
@@ -140,7 +151,11 @@ impl<'a> Loading<'a> {
         Ok(weight)
     }
 
-    fn pack(&self, matrix: &Matrix<'_>, format: WeightDtype) -> Result<Weight> {
+    fn pack(
+        &self,
+        matrix: &Matrix<'_>,
+        (formats, format): (&Formats, WeightDtype),
+    ) -> Result<Weight> {
         let rows: Vec<usize> = matrix.parts.iter().map(|part| part.n).collect();
         let twin = (rows, matrix.k, format);
         let copied = self.checkpoint.is_synthetic() && !is_float(format);
@@ -149,17 +164,16 @@ impl<'a> Loading<'a> {
             let weight = Weight::from_packed(weight.n(), weight.k(), format, packed);
             return weight.map_err(|e| Error::Checkpoint(e.to_string()));
         }
-        let mut parts = Vec::with_capacity(matrix.parts.len());
+        let mut sources = Vec::with_capacity(matrix.parts.len());
         for part in &matrix.parts {
-            let data = self.checkpoint.tensor(&part.name, &part.shape)?;
-            parts.push(WeightPart { data, n: part.n });
+            sources.push(self.source(part, (formats, format))?);
         }
-        let arranged: Vec<u8>;
         if let Some(arrange) = matrix.arrange {
-            let values = arrange(&super::weights::widen(parts[0].data));
-            arranged = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-            parts[0].data = WeightData::F32(&arranged);
+            let values = arrange(&widen(sources[0].data()));
+            sources[0] = Source::Floats(Dtype::F32, narrow(&values, Dtype::F32));
         }
+        let sources = sources.iter().zip(&matrix.parts);
+        let parts: Vec<_> = sources.map(|(source, part)| source.part(part.n)).collect();
         let weight = self
             .ops
             .pack(&parts, matrix.k, format)
@@ -170,6 +184,46 @@ impl<'a> Loading<'a> {
         Ok(weight)
     }
 
+    /// A part as it goes into a matrix of this format.
+    fn source(
+        &self,
+        part: &MatrixPart,
+        (formats, format): (&Formats, WeightDtype),
+    ) -> Result<Source<'_>> {
+        let (name, shape) = (&part.name, &part.shape);
+        let dense = is_float(format);
+        match formats.treatment(name) {
+            Treatment::Plain => Ok(Source::Stored(self.checkpoint.tensor(name, shape)?)),
+            Treatment::Quantised => match bitsandbytes::read(self.checkpoint, name, shape)? {
+                Some(quantised) => Ok(Source::quantised(quantised, dense)),
+                None => Ok(Source::Stored(self.checkpoint.tensor(name, shape)?)),
+            },
+            Treatment::Quantise(config, kind) => {
+                let data = self.checkpoint.tensor(name, shape)?;
+                let nested = config.bnb_4bit_use_double_quant;
+                let in_packing = !dense && (!nested || kind == BitsAndBytesKind::Int8);
+                if in_packing && kind != BitsAndBytesKind::Int8 && type_of(&data) == formats.dtype {
+                    return Ok(Source::Stored(data));
+                }
+                // The type of the model comes first, and its rounding.
+                if in_packing {
+                    let dtype = match kind {
+                        BitsAndBytesKind::Int8 => Dtype::F16,
+                        BitsAndBytesKind::FourBit(_) => formats.dtype,
+                    };
+                    let bytes = converted(data, formats.dtype, dtype);
+                    return Ok(Source::Floats(dtype, bytes));
+                }
+                let mut values = widen(data);
+                round(&mut values, formats.dtype);
+                let shape = [part.n, values.len() / part.n.max(1)];
+                let how = (kind, nested, formats.dtype);
+                let quantised = bitsandbytes::quantise(&values, shape, how);
+                Ok(Source::quantised(quantised, dense))
+            }
+        }
+    }
+
     /// The values of a tensor, rounded to the model's type.
     fn values(&self, name: &str, shape: &[usize], dtype: Dtype) -> Result<Vec<f32>> {
         self.begin();
@@ -177,6 +231,57 @@ impl<'a> Loading<'a> {
         round(&mut values, dtype);
         self.end(std::iter::once(name));
         Ok(values)
+    }
+}
+
+/// A tensor on its way into a matrix.
+enum Source<'a> {
+    /// As it lies in the file.
+    Stored(WeightData<'a>),
+    /// Little-endian values.
+    Floats(Dtype, Vec<u8>),
+    /// bitsandbytes' codes.
+    Codes(Quantised<'a>),
+}
+
+impl<'a> Source<'a> {
+    /// Codes as they are, or the values that they stand for.
+    fn quantised(quantised: Quantised<'a>, dense: bool) -> Self {
+        match dense {
+            false => Self::Codes(quantised),
+            true => Self::Floats(Dtype::F32, narrow(&quantised.wide(), Dtype::F32)),
+        }
+    }
+
+    fn part(&self, n: usize) -> WeightPart<'_> {
+        let data = self.data();
+        WeightPart { data, n }
+    }
+
+    fn data(&self) -> WeightData<'_> {
+        match self {
+            Self::Stored(data) => *data,
+            Self::Floats(Dtype::F32, bytes) => WeightData::F32(bytes),
+            Self::Floats(Dtype::Bf16, bytes) => WeightData::Bf16(bytes),
+            Self::Floats(Dtype::F16, bytes) => WeightData::F16(bytes),
+            Self::Codes(Quantised::FourBit(w)) => WeightData::Bnb4 {
+                codes: &w.codes,
+                absmax: &w.absmax,
+            },
+            Self::Codes(Quantised::Int8(w)) => WeightData::Int8 {
+                codes: &w.codes,
+                scb: &w.scb,
+            },
+        }
+    }
+}
+
+/// The type of stored floats.
+fn type_of(data: &WeightData<'_>) -> Dtype {
+    match data {
+        WeightData::Bf16(_) => Dtype::Bf16,
+        WeightData::F16(_) => Dtype::F16,
+        _ => Dtype::F32,
     }
 }
 
@@ -225,13 +330,17 @@ impl Matrix<'_> {
 
 impl<'a> Loader<'a> {
     /// A loader that notes what would be loaded.
-    pub(super) fn plan(formats: Formats, weights: &'a RefCell<Vec<PlannedWeight>>) -> Self {
+    pub(super) fn plan(formats: &'a Formats, weights: &'a RefCell<Vec<PlannedWeight>>) -> Self {
         let work = Work::Plan(weights);
         Self { formats, work }
     }
 
     /// A loader that loads; with a sink, one that writes.
-    pub(super) fn new(formats: Formats, loading: &'a Loading<'a>, sink: Option<Sink<'a>>) -> Self {
+    pub(super) fn new(
+        formats: &'a Formats,
+        loading: &'a Loading<'a>,
+        sink: Option<Sink<'a>>,
+    ) -> Self {
         let work = match sink {
             None => Work::Load(loading),
             Some(sink) => Work::Write(loading, sink),
@@ -280,15 +389,17 @@ impl<'a> Loader<'a> {
 
     fn load(&self, matrix: &Matrix<'_>) -> Result<Weight> {
         let (name, k) = (matrix.name(), matrix.k);
-        let format = self.formats.of(&name, k);
+        let names: Vec<&str> = matrix.parts.iter().map(|p| p.name.as_str()).collect();
+        let format = self.formats.of(&names, k);
         let empty = || {
             let none = || Error::Checkpoint(format!("{name} has rows of {k} values: too many"));
             empty_weight(k, format).ok_or_else(none)
         };
         match self.work {
-            Work::Load(loading) => loading.matrix(matrix, format),
+            Work::Load(loading) => loading.matrix(matrix, (self.formats, format)),
             Work::Write(loading, sink) => {
-                sink(&name, loading.matrix(matrix, format)?.packed_bytes())?;
+                let weight = loading.matrix(matrix, (self.formats, format))?;
+                sink(&name, weight.packed_bytes())?;
                 empty()
             }
             Work::Plan(weights) => {
@@ -334,29 +445,105 @@ impl<'a> Loader<'a> {
     }
 }
 
+/// Values at a time: what stays in the nearest cache.
+const CHUNK: usize = 2048;
+
 /// Rounds values to a type.
-fn round(values: &mut [f32], dtype: Dtype) {
+pub(super) fn round(values: &mut [f32], dtype: Dtype) {
+    values
+        .par_chunks_mut(CHUNK)
+        .for_each(|values| round_chunk(values, dtype));
+}
+
+fn round_chunk(values: &mut [f32], dtype: Dtype) {
     match dtype {
         Dtype::F32 => {}
         Dtype::Bf16 => values
             .iter_mut()
-            .for_each(|x| *x = half::bf16::from_f32(*x).to_f32()),
-        Dtype::F16 => values
-            .iter_mut()
-            .for_each(|x| *x = half::f16::from_f32(*x).to_f32()),
+            .for_each(|x| *x = bf16::from_f32(*x).to_f32()),
+        Dtype::F16 => {
+            let mut narrow = [f16::ZERO; CHUNK];
+            let narrow = &mut narrow[..values.len()];
+            narrow.convert_from_f32_slice(values);
+            narrow.convert_to_f32_slice(values);
+        }
     }
 }
 
 /// Values as little-endian bytes of a type.
-fn narrow(values: &[f32], dtype: Dtype) -> Vec<u8> {
-    let values = values.iter();
+pub(super) fn narrow(values: &[f32], dtype: Dtype) -> Vec<u8> {
+    let mut bytes = vec![0; values.len() * dtype.size()];
+    bytes
+        .par_chunks_mut(CHUNK * dtype.size())
+        .zip(values.par_chunks(CHUNK))
+        .for_each(|(bytes, values)| narrow_chunk(values, dtype, bytes));
+    bytes
+}
+
+fn narrow_chunk(values: &[f32], dtype: Dtype, bytes: &mut [u8]) {
     match dtype {
-        Dtype::F32 => values.flat_map(|x| x.to_le_bytes()).collect(),
-        Dtype::Bf16 => values
-            .flat_map(|x| half::bf16::from_f32(*x).to_le_bytes())
-            .collect(),
-        Dtype::F16 => values
-            .flat_map(|x| half::f16::from_f32(*x).to_le_bytes())
-            .collect(),
+        Dtype::F32 => {
+            let places = bytes.as_chunks_mut::<4>().0.iter_mut();
+            places.zip(values).for_each(|(b, v)| *b = v.to_le_bytes());
+        }
+        Dtype::Bf16 => {
+            let places = bytes.as_chunks_mut::<2>().0.iter_mut();
+            let narrow = |v: &f32| bf16::from_f32(*v).to_le_bytes();
+            places.zip(values).for_each(|(b, v)| *b = narrow(v));
+        }
+        Dtype::F16 => {
+            let mut narrow = [f16::ZERO; CHUNK];
+            narrow[..values.len()].convert_from_f32_slice(values);
+            let places = bytes.as_chunks_mut::<2>().0.iter_mut();
+            places.zip(narrow).for_each(|(b, v)| *b = v.to_le_bytes());
+        }
+    }
+}
+
+/// Stored floats rounded to one type and kept in another that holds it.
+fn converted(data: WeightData<'_>, rounded: Dtype, kept: Dtype) -> Vec<u8> {
+    let (size, bytes) = match data {
+        WeightData::F32(bytes) => (4, bytes),
+        WeightData::Bf16(bytes) | WeightData::F16(bytes) => (2, bytes),
+        _ => return Vec::new(),
+    };
+    let mut out = vec![0; bytes.len() / size * kept.size()];
+    out.par_chunks_mut(CHUNK * kept.size())
+        .zip(bytes.par_chunks(CHUNK * size))
+        .for_each(|(out, bytes)| {
+            let mut values = widen(match data {
+                WeightData::F32(_) => WeightData::F32(bytes),
+                WeightData::Bf16(_) => WeightData::Bf16(bytes),
+                _ => WeightData::F16(bytes),
+            });
+            round_chunk(&mut values, rounded);
+            narrow_chunk(&values, kept, out);
+        });
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn conversions_in_chunks_are_those_of_single_values() {
+        let values: Vec<f32> = (0..2 * CHUNK + 77)
+            .map(|i| ((i * 7919 % 10_007) as f32 - 5000.0) * 1.7e-3)
+            .collect();
+        let bytes = narrow(&values, Dtype::F32);
+        assert_eq!(widen(WeightData::F32(&bytes)), values);
+        let halves = narrow(&values, Dtype::F16);
+        let expected: Vec<f32> = values.iter().map(|v| f16::from_f32(*v).to_f32()).collect();
+        assert_eq!(widen(WeightData::F16(&halves)), expected);
+        let brains = narrow(&values, Dtype::Bf16);
+        let twice: Vec<f32> = values
+            .iter()
+            .map(|v| f16::from_f32(bf16::from_f32(*v).to_f32()).to_f32())
+            .collect();
+        let both = converted(WeightData::F32(&bytes), Dtype::Bf16, Dtype::F16);
+        assert_eq!(widen(WeightData::F16(&both)), twice);
+        let both = converted(WeightData::Bf16(&brains), Dtype::F16, Dtype::F32);
+        assert_eq!(widen(WeightData::F32(&both)), twice);
     }
 }

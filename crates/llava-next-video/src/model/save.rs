@@ -1,4 +1,5 @@
-//! A checkpoint written with its weights as the kernels read them: `lnv quantize --to q8|q4`.
+//! A checkpoint written in another form, and for `lnv quantize --to q8|q4` that form: weights as the
+//! kernels read them. (`export.rs` has bitsandbytes' form.)
 //!
 //! Decision: what is written is what loading with the same formats would have in memory, byte for byte,
 //! so that opening it is mapping it. A matrix is a tensor of U8, `[panels, bytes of a panel]`; fused
@@ -21,12 +22,15 @@ use std::path::{Path, PathBuf};
 use lnv_kernels::{Device, Ops, packed_len};
 use serde_json::{Map, Value, json};
 
+use super::bitsandbytes::OutputTensor;
+use super::export::{self, Exported};
 use super::formats::Formats;
 use super::llava_next_video::{LlavaNextVideoModel, LoadOptions, write_weights};
 use super::loader::PlannedWeight;
 use super::weights::Checkpoint;
 use crate::config::{
-    CheckpointFiles, Dtype, LlavaNextVideoConfig, PACKED_VERSION, PackedFormat, Quantization,
+    BitsAndBytesConfig, CheckpointFiles, Dtype, LlavaNextVideoConfig, PACKED_VERSION, PackedFormat,
+    PackedQuantization, Quantization,
 };
 use crate::error::{Error, Result};
 
@@ -41,48 +45,73 @@ pub struct Repacking<'a> {
     files: &'a CheckpointFiles,
     config: LlavaNextVideoConfig,
     checkpoint: Checkpoint,
-    format: PackedFormat,
     formats: Formats,
-    plan: Vec<PlannedWeight>,
+    form: Form,
     /// The largest file; [`MAX_FILE_BYTES`] unless a test wants more files.
     pub max_file_bytes: usize,
+}
+
+/// What is written.
+enum Form {
+    /// Weights as the kernels read them.
+    Packed(PackedFormat, Vec<PlannedWeight>),
+    /// What bitsandbytes makes of every tensor.
+    BitsAndBytes(BitsAndBytesConfig, Vec<Exported>),
 }
 
 /// Called with `(bytes written, bytes in all)`; a break ends the writing with [`Error::Cancelled`].
 pub type OnWritten<'a> = &'a dyn Fn(usize, usize) -> ControlFlow<()>;
 
 impl<'a> Repacking<'a> {
-    /// Opens a checkpoint to be written in another format; `dtype` is for what stays dense, bf16 unless
-    /// said. Reads headers only.
+    /// Opens a checkpoint to be written in another format; `dtype` is for what stays dense: unless said
+    /// bf16, or f16 for bitsandbytes' formats. Reads headers only.
     ///
     /// # Errors
-    /// The checkpoint cannot be read, or is quantised already.
+    /// The checkpoint cannot be read, or is quantised already; a configuration that asks for nothing.
     pub fn open(
         files: &'a CheckpointFiles,
         quantization: Quantization,
         dtype: Option<Dtype>,
     ) -> Result<Self> {
         let config = LlavaNextVideoConfig::read(files)?;
-        if let Some(packed) = config.packed {
+        let packed = config
+            .packed
+            .map(|packed| Quantization::from(packed.quantization));
+        let bitsandbytes = config.quantization_config.clone().map(Quantization::from);
+        if let Some(stored) = packed.or(bitsandbytes) {
             return Err(Error::Checkpoint(format!(
                 "{} is quantised to {} already: quantise the original checkpoint",
                 files.name(),
-                packed.quantization.name()
+                stored.name()
             )));
         }
         let checkpoint = Checkpoint::open(files)?;
         let options = LoadOptions {
             dtype,
-            quantization: Some(quantization),
+            quantization: Some(quantization.clone()),
             ..LoadOptions::default()
         };
         let formats = Formats::choose(&config, &checkpoint, &options)?;
+        let plan = LlavaNextVideoModel::plan(&config, &formats)?;
+        let packed = |quantization, plan| {
+            let dense = formats.dtype;
+            Form::Packed(
+                PackedFormat {
+                    quantization,
+                    dense,
+                },
+                plan,
+            )
+        };
+        let form = match quantization {
+            Quantization::Q8 => packed(PackedQuantization::Q8, plan),
+            Quantization::Q4 => packed(PackedQuantization::Q4, plan),
+            Quantization::BitsAndBytes(wanted) => {
+                Form::BitsAndBytes(wanted, export::plan(&checkpoint, &formats))
+            }
+        };
         Ok(Self {
-            plan: LlavaNextVideoModel::plan(&config, formats)?,
-            format: PackedFormat {
-                quantization,
-                dense: formats.dtype,
-            },
+            form,
             max_file_bytes: MAX_FILE_BYTES,
             files,
             config,
@@ -93,13 +122,30 @@ impl<'a> Repacking<'a> {
 
     /// Bytes of the checkpoint's weights that are read.
     pub fn bytes_before(&self) -> usize {
-        let names = self.plan.iter().flat_map(|weight| &weight.tensors);
-        names.map(|name| self.checkpoint.stored_bytes(name)).sum()
+        match &self.form {
+            Form::Packed(_, plan) => {
+                let names = plan.iter().flat_map(|weight| &weight.tensors);
+                names.map(|name| self.checkpoint.stored_bytes(name)).sum()
+            }
+            Form::BitsAndBytes(..) => self.checkpoint.tensors().iter().map(|t| t.bytes).sum(),
+        }
     }
 
     /// Bytes of the weights that will be written.
     pub fn bytes_after(&self) -> usize {
-        self.plan.iter().map(|weight| weight.bytes).sum()
+        let weights = self.outputs();
+        weights.iter().flatten().map(|tensor| tensor.bytes).sum()
+    }
+
+    /// What will be written, weight by weight.
+    fn outputs(&self) -> Vec<Vec<OutputTensor>> {
+        match &self.form {
+            Form::Packed(format, plan) => {
+                let one = |weight| vec![packed_tensor(weight, format.dense)];
+                plan.iter().map(one).collect()
+            }
+            Form::BitsAndBytes(_, list) => list.iter().map(|e| e.tensors.clone()).collect(),
+        }
     }
 
     /// The types that the weights are stored in, most bytes first.
@@ -115,7 +161,19 @@ impl<'a> Repacking<'a> {
     pub fn write(&self, directory: &Path, on_written: OnWritten<'_>) -> Result<()> {
         copy_files(self.files, directory)?;
         self.write_config(directory)?;
-        let layout = Layout::new(&self.plan, self.formats.dtype, self.max_file_bytes);
+        let (metadata, order): (_, fn(&OutputTensor) -> usize) = match &self.form {
+            // Matrices first: their sizes are multiples of the alignment, and the format allows no gaps.
+            Form::Packed(..) => (
+                json!({"format": "lnv", "version": PACKED_VERSION.to_string()}),
+                |tensor| usize::from(tensor.dtype != "U8"),
+            ),
+            // Wide types first, as safetensors itself does it, so that each value is aligned.
+            Form::BitsAndBytes(..) => (json!({"format": "pt"}), |tensor| {
+                8 - tensor.bytes / tensor.shape.iter().product::<usize>().max(1)
+            }),
+        };
+        let mut layout = Layout::default();
+        layout.fill(self.outputs(), (&metadata, order), self.max_file_bytes);
         let mut files = Vec::with_capacity(layout.files.len());
         for file in &layout.files {
             files.push(OutputFile::create(directory, file)?);
@@ -139,8 +197,15 @@ impl<'a> Repacking<'a> {
                 ControlFlow::Break(()) => Err(Error::Cancelled),
             }
         };
-        let ops = Ops::new(Device::Cpu).map_err(|e| Error::Device(e.to_string()))?;
-        write_weights(&self.config, &self.checkpoint, (&ops, self.formats), &sink)?;
+        match &self.form {
+            Form::Packed(..) => {
+                let ops = Ops::new(Device::Cpu).map_err(|e| Error::Device(e.to_string()))?;
+                write_weights(&self.config, &self.checkpoint, (&ops, &self.formats), &sink)?;
+            }
+            Form::BitsAndBytes(_, list) => {
+                export::write(list, &self.checkpoint, &self.formats, &sink)?;
+            }
+        }
         files
             .into_inner()
             .into_iter()
@@ -150,7 +215,10 @@ impl<'a> Repacking<'a> {
     fn write_config(&self, directory: &Path) -> Result<()> {
         const FILE: &str = "config.json";
         let mut json = self.files.read_json(FILE)?.unwrap_or_default();
-        json["quantization_config"] = self.format.to_json();
+        match &self.form {
+            Form::Packed(format, _) => json["quantization_config"] = format.to_json(),
+            Form::BitsAndBytes(config, _) => export::describe(&mut json, config, &self.formats),
+        }
         write_json(&directory.join(FILE), &json)
     }
 }
@@ -189,7 +257,25 @@ fn write_json(path: &Path, json: &Value) -> Result<()> {
     std::fs::write(path, text + "\n").map_err(failed)
 }
 
-/// Which weight goes where.
+/// A weight in the packed layout.
+fn packed_tensor(weight: &PlannedWeight, dense: Dtype) -> OutputTensor {
+    let (dtype, shape) = match weight.format {
+        Some(format) => {
+            let panel = packed_len(1, weight.shape[1], format);
+            ("U8", vec![weight.bytes / panel.max(1), panel])
+        }
+        None => (stored_name(dense), weight.shape.clone()),
+    };
+    OutputTensor {
+        name: weight.name.clone(),
+        dtype,
+        shape,
+        bytes: weight.bytes,
+    }
+}
+
+/// Which tensor goes where.
+#[derive(Default)]
 struct Layout {
     files: Vec<PlannedFile>,
     /// File and offset by name.
@@ -199,77 +285,68 @@ struct Layout {
 struct PlannedFile {
     name: String,
     header: Vec<u8>,
-    weights: Vec<String>,
+    tensors: Vec<String>,
     bytes: usize,
 }
 
 impl Layout {
-    fn new(plan: &[PlannedWeight], dense: Dtype, max_bytes: usize) -> Self {
-        let mut groups: Vec<Vec<&PlannedWeight>> = Vec::new();
+    /// Puts weights into files; `order` sorts the tensors of a file.
+    fn fill(
+        &mut self,
+        weights: Vec<Vec<OutputTensor>>,
+        (metadata, order): (&Value, fn(&OutputTensor) -> usize),
+        max_bytes: usize,
+    ) {
+        let mut groups: Vec<Vec<OutputTensor>> = Vec::new();
         let mut bytes = 0;
-        for weight in plan {
+        for weight in weights {
+            let own: usize = weight.iter().map(|tensor| tensor.bytes).sum();
             match groups.last_mut() {
-                Some(group) if bytes + weight.bytes <= max_bytes => group.push(weight),
+                Some(group) if bytes + own <= max_bytes => group.extend(weight),
                 _ => {
-                    groups.push(vec![weight]);
+                    groups.push(weight);
                     bytes = 0;
                 }
             }
-            bytes += weight.bytes;
+            bytes += own;
         }
-        let mut layout = Self {
-            files: Vec::new(),
-            places: HashMap::new(),
-        };
         let count = groups.len();
-        for (i, mut weights) in groups.into_iter().enumerate() {
+        for (i, mut tensors) in groups.into_iter().enumerate() {
             let name = match count {
                 1 => "model.safetensors".to_owned(),
                 _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
             };
-            // Matrices first: their sizes are multiples of the alignment, and the format allows no gaps.
-            weights.sort_by_key(|weight| weight.format.is_none());
-            layout.add(name, &weights, dense);
+            tensors.sort_by_key(order);
+            self.add(name, &tensors, metadata);
         }
-        layout
     }
 
-    fn add(&mut self, name: String, weights: &[&PlannedWeight], dense: Dtype) {
+    fn add(&mut self, name: String, tensors: &[OutputTensor], metadata: &Value) {
         let mut entries = Map::new();
-        let version = PACKED_VERSION.to_string();
-        entries.insert(
-            "__metadata__".into(),
-            json!({"format": "lnv", "version": version}),
-        );
+        entries.insert("__metadata__".into(), metadata.clone());
         let mut end = 0;
-        let mut starts = Vec::with_capacity(weights.len());
-        for weight in weights {
+        let mut starts = Vec::with_capacity(tensors.len());
+        for tensor in tensors {
             let start = end;
-            end += weight.bytes;
-            let (dtype, shape) = match weight.format {
-                Some(format) => {
-                    let panel = packed_len(1, weight.shape[1], format);
-                    ("U8", vec![weight.bytes / panel.max(1), panel])
-                }
-                None => (stored_name(dense), weight.shape.clone()),
-            };
+            end += tensor.bytes;
+            let (dtype, shape) = (tensor.dtype, &tensor.shape);
             let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": [start, end]});
-            entries.insert(weight.name.clone(), entry);
+            entries.insert(tensor.name.clone(), entry);
             starts.push(start);
         }
         let mut json = Value::Object(entries).to_string().into_bytes();
         json.resize((8 + json.len()).next_multiple_of(ALIGNMENT) - 8, b' ');
         let mut header = (json.len() as u64).to_le_bytes().to_vec();
         header.extend(json);
-        for (weight, start) in weights.iter().zip(starts) {
+        for (tensor, start) in tensors.iter().zip(starts) {
             let place = (self.files.len(), (header.len() + start) as u64);
-            self.places.insert(weight.name.clone(), place);
+            self.places.insert(tensor.name.clone(), place);
         }
         self.files.push(PlannedFile {
             name,
             bytes: header.len() + end,
             header,
-            weights: weights.iter().map(|weight| weight.name.clone()).collect(),
+            tensors: tensors.iter().map(|tensor| tensor.name.clone()).collect(),
         });
     }
 
@@ -281,15 +358,16 @@ impl Layout {
             .sum();
         let mut map = Map::new();
         for file in &self.files {
-            for weight in &file.weights {
-                map.insert(weight.clone(), json!(file.name));
+            for tensor in &file.tensors {
+                map.insert(tensor.clone(), json!(file.name));
             }
         }
         json!({"metadata": {"total_size": total}, "weight_map": map})
     }
 }
 
-fn stored_name(dtype: Dtype) -> &'static str {
+/// The name of a type in a safetensors file.
+pub(super) fn stored_name(dtype: Dtype) -> &'static str {
     match dtype {
         Dtype::F32 => "F32",
         Dtype::Bf16 => "BF16",

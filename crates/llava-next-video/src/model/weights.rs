@@ -14,6 +14,7 @@ use lnv_kernels::{PackedBytes, Weight, WeightData, WeightDtype, packed_len};
 use memmap2::{Advice, Mmap, UncheckedAdvice};
 use safetensors::tensor::{Dtype as StoredDtype, Metadata, SafeTensors};
 
+use super::bitsandbytes;
 use crate::config::{CheckpointFiles, Dtype, LlavaNextVideoConfig};
 use crate::error::{Error, Result};
 
@@ -71,6 +72,17 @@ struct Entry {
     shape: Vec<usize>,
     start: usize,
     end: usize,
+}
+
+/// A tensor as it lies in its file.
+pub(super) struct StoredTensor<'a> {
+    /// Its name in the file.
+    pub(super) name: &'a str,
+    /// The file.
+    pub(super) file: &'a str,
+    pub(super) dtype: StoredDtype,
+    pub(super) shape: &'a [usize],
+    pub(super) bytes: &'a [u8],
 }
 
 /// What is known of a tensor without reading it.
@@ -176,6 +188,11 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// Every tensor's canonical name, in no order.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
     /// True where the checkpoint has a tensor of this canonical name.
     pub fn contains(&self, name: &str) -> bool {
         self.entries.contains_key(name)
@@ -218,21 +235,41 @@ impl Checkpoint {
         }
     }
 
-    /// The tensor `name` as f32 values.
+    /// The tensor `name` as f32 values; of a matrix that bitsandbytes quantised, those that
+    /// Transformers dequantises it to.
     ///
     /// # Errors
-    /// As [`Checkpoint::tensor`].
+    /// As [`Checkpoint::tensor`]; what was quantised is damaged.
     pub fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        Ok(widen(self.tensor(name, shape)?))
+        match bitsandbytes::read(self, name, shape)? {
+            Some(stored) => Ok(stored.values()),
+            None => Ok(widen(self.tensor(name, shape)?)),
+        }
     }
 
-    /// The type that most bytes of the weights are stored in.
+    /// The tensor `name` as it lies in its file.
+    pub(super) fn stored(&self, name: &str) -> Option<StoredTensor<'_>> {
+        let entry = self.entries.get(name)?;
+        let shard = &self.shards[entry.shard];
+        Some(StoredTensor {
+            name: &entry.stored_name,
+            file: &shard.name,
+            dtype: entry.dtype,
+            shape: &entry.shape,
+            bytes: &shard.bytes()[entry.start..entry.end],
+        })
+    }
+
+    /// The type that most bytes of the weights are stored in, those that are not quantised.
     pub fn stored_dtype(&self) -> Dtype {
         if self.is_synthetic() {
             return Dtype::Bf16;
         }
         let mut bytes = [(Dtype::F32, 0), (Dtype::Bf16, 0), (Dtype::F16, 0)];
-        for entry in self.entries.values() {
+        for (name, entry) in &self.entries {
+            if bitsandbytes::is_quantised_or_beside(self, name) {
+                continue;
+            }
             let slot = match entry.dtype {
                 StoredDtype::F32 => 0,
                 StoredDtype::BF16 => 1,
@@ -282,9 +319,12 @@ impl Checkpoint {
         Weight::from_packed(n, k, dtype, bytes).map_err(|e| Error::Checkpoint(e.to_string()))
     }
 
-    /// Bytes of the tensor `name` in its file; 0 where there is none.
+    /// Bytes of the tensor `name` in its file, with those of the tensors beside it that a quantised one
+    /// needs; 0 where there is none.
     pub fn stored_bytes(&self, name: &str) -> usize {
-        self.entries.get(name).map_or(0, |e| e.end - e.start)
+        let bytes = |name: &str| self.entries.get(name).map_or(0, |e| e.end - e.start);
+        let beside = bitsandbytes::beside(name);
+        bytes(name) + beside.iter().map(|name| bytes(name)).sum::<usize>()
     }
 
     /// True for a checkpoint of random weights.
@@ -302,8 +342,15 @@ impl Checkpoint {
 
     /// Says that the tensor `name` was read and its pages need not stay in this process. They stay in
     /// the system's cache of the file while there is room.
-    #[allow(unsafe_code)]
     pub fn release(&self, name: &str) {
+        self.release_one(name);
+        for name in bitsandbytes::beside(name) {
+            self.release_one(&name);
+        }
+    }
+
+    #[allow(unsafe_code)]
+    fn release_one(&self, name: &str) {
         if let Some((map, entry)) = self.mapped(name) {
             let (advice, len) = (UncheckedAdvice::DontNeed, entry.end - entry.start);
             // SAFETY: the map is shared and read-only, so a page that is dropped holds nothing but the
@@ -560,7 +607,10 @@ pub fn canonical_name(stored: &str) -> String {
     name.into()
 }
 
-/// The values as f32.
+/// The values of floats as f32.
+///
+/// # Panics
+/// The data are not floats: a bug of the caller.
 pub fn widen(data: WeightData<'_>) -> Vec<f32> {
     match data {
         WeightData::F32(bytes) => bytes
@@ -577,6 +627,7 @@ pub fn widen(data: WeightData<'_>) -> Vec<f32> {
             let wide = |b: &[u8; 2]| half::f16::from_le_bytes(*b).to_f32();
             bytes.as_chunks::<2>().0.iter().map(wide).collect()
         }
+        WeightData::Bnb4 { .. } | WeightData::Int8 { .. } => panic!("codes are not floats"),
     }
 }
 

@@ -30,7 +30,7 @@ impl Report {
         let (m, l) = (&self.measured, &self.limits);
         let mut json = json!({
             "dtype": m.formats.dtype.name(),
-            "quantize": m.formats.quantization.map(|q| q.name()),
+            "quantize": m.formats.quantization.as_ref().map(|q| q.name()),
             "load_s": self.load_s,
             "resident_bytes": m.resident_bytes,
             "peak_rss_bytes": self.peak_rss_bytes,
@@ -89,7 +89,7 @@ impl Report {
             l.bandwidth_gbs,
             std::thread::available_parallelism().map_or(1, usize::from)
         );
-        let format = match m.formats.quantization {
+        let format = match &m.formats.quantization {
             None => m.formats.dtype.name().to_owned(),
             Some(q) => format!("{} beside {}", q.name(), m.formats.dtype.name()),
         };

@@ -73,6 +73,123 @@ fn a_saved_checkpoint_answers_as_quantising_while_loading_does() {
     }
 }
 
+/// A folder of the goldens of bitsandbytes' formats.
+fn bitsandbytes(name: &str) -> String {
+    format!("../bitsandbytes/{name}")
+}
+
+/// The same with the base's tokenizer and processor files beside it.
+fn whole_bitsandbytes(name: &str, folder: &Folder) -> String {
+    let path = folder.path(&format!("whole-{name}"));
+    std::fs::create_dir(&path).unwrap();
+    for source in ["base", name] {
+        for entry in std::fs::read_dir(golden().join(bitsandbytes(source))).unwrap() {
+            let entry = entry.unwrap();
+            let target = format!("{path}/{}", entry.file_name().to_string_lossy());
+            std::fs::copy(entry.path(), target).unwrap();
+        }
+    }
+    for other in ["batch.inputs.safetensors", "outputs.safetensors"] {
+        std::fs::remove_file(format!("{path}/{other}")).unwrap();
+    }
+    path
+}
+
+#[test]
+fn checkpoints_of_bitsandbytes_are_read_and_written() {
+    let folder = Folder::new();
+    let base = bitsandbytes("base");
+    let inputs = bitsandbytes("base/batch.inputs.safetensors");
+    let logits = |model: &str, more: &[&str]| {
+        let out = folder.path("out.safetensors");
+        let words = [
+            "forward", "--model", model, "--inputs", &inputs, "--output", &out,
+        ];
+        run(&[&words[..], more].concat()).answer();
+        tensors(&out)["logits"].clone()
+    };
+    let bf16 = ["--dtype", "bf16"];
+    let nested = [
+        "--compute-dtype",
+        "bf16",
+        "--double-quant",
+        "--dtype",
+        "bf16",
+    ];
+    let outliers = [
+        "--int8-threshold",
+        "1.5",
+        "--skip-modules",
+        "lm_head,v_proj",
+    ];
+    let outliers = [&outliers[..], &bf16].concat();
+    let rows: [(&str, &str, &[&str]); 5] = [
+        ("nf4", "nf4", &["--compute-dtype", "f16"]),
+        ("nf4-nested", "nf4", &nested),
+        ("fp4", "fp4", &["--dtype", "f32"]),
+        ("int8", "int8", &[]),
+        ("int8-outliers", "int8", &outliers),
+    ];
+    for (golden, format, options) in rows {
+        // The checkpoint that Transformers wrote, quantising while loading, and writing: all the same.
+        let transformers = whole_bitsandbytes(golden, &folder);
+        let expected = logits(&transformers, &[]);
+        let quantising = [&["--quantize", format][..], options].concat();
+        assert_eq!(logits(&base, &quantising), expected, "{golden}");
+        let written = folder.path(golden);
+        let words = [
+            "quantize", "--model", &base, "--to", format, "--output", &written,
+        ];
+        let said = run(&[&words[..], options].concat());
+        assert!(said.err.contains(&format!("in {format}: ")), "{}", said.err);
+        assert_eq!(said.answer(), "");
+        assert_eq!(logits(&written, &[]), expected, "{golden}");
+        assert_eq!(
+            logits(&written, &["--quantize", format]),
+            expected,
+            "{golden}"
+        );
+
+        let facts = |model: &str, more: &[&str]| -> Value {
+            let words = ["inspect", "--model", model, "--format", "json"];
+            serde_json::from_str(&run(&[&words[..], more].concat()).answer()).unwrap()
+        };
+        let (own, theirs) = (facts(&written, &[]), facts(&transformers, &[]));
+        assert_eq!(own["quantize"], format);
+        for key in ["formats", "loaded_bytes", "dtype", "parameters"] {
+            assert_eq!(own[key], theirs[key], "{golden} {key}");
+            assert_eq!(own[key], facts(&base, &quantising)[key], "{golden} {key}");
+        }
+    }
+    let answer = [
+        "ask",
+        "--quantize",
+        "nf4",
+        "--max-new-tokens",
+        "4",
+        "Hello?",
+    ];
+    run(&answer).answer();
+}
+
+#[test]
+fn bitsandbytes_settings_are_refused_where_they_have_no_effect() {
+    let ask = |words: &[&'static str]| run(&[&["ask", "Hello"][..], words].concat());
+    ask(&["--double-quant"]).refuses(1, &["--double-quant", "without --quantize"]);
+    ask(&["--quantize", "q4", "--skip-modules", "a"]).refuses(1, &["--skip-modules", "q4"]);
+    ask(&["--quantize", "int8", "--double-quant"]).refuses(1, &["--double-quant", "int8"]);
+    ask(&["--quantize", "int8", "--compute-dtype", "f32"]).refuses(1, &["--compute-dtype"]);
+    ask(&["--quantize", "nf4", "--int8-threshold", "6"]).refuses(1, &["--int8-threshold"]);
+    ask(&["--quantize", "int8", "--int8-threshold", "-1"]).refuses(1, &["is -1", "0 or above"]);
+    let model = bitsandbytes("nf4");
+    let inspect = |words: &[&'static str]| {
+        run(&[&["inspect", "--model", model.as_str()][..], words].concat())
+    };
+    inspect(&["--quantize", "fp4"]).refuses(1, &["nf4 already", "fp4"]);
+    let folder = Folder::new();
+    quantize(&model, "nf4", &folder.path("x")).refuses(1, &["nf4 already", "original"]);
+}
+
 #[test]
 fn inspect_tells_formats_and_what_each_choice_takes() {
     let folder = Folder::new();

@@ -228,11 +228,12 @@ fn dequantised(name: &str) -> TempDir {
 }
 
 /// With 8-bit weights the activations are rounded as well, and a rounding that falls otherwise is not
-/// less exact: both sides are measured against products that round nothing. (The reference rounds from
-/// f16, and takes a whole column for an outlier where one row has one.)
+/// less exact: both sides are measured against products that round nothing. The reference takes a whole
+/// column for an outlier where one row has one; with a threshold as low as that of `int8-outliers` it
+/// rounds far fewer values than we do.
 #[test]
 fn llm_int8_is_as_near_to_the_truth_as_transformers() {
-    for name in ["int8", "int8-outliers"] {
+    for (name, most) in [("int8", 1.1), ("int8-outliers", 2.0)] {
         let theirs = Outputs::read(name);
         let load = |directory: &Path, options: &LoadOptions<'_>| {
             LlavaNextVideoModel::load(&files(directory), options).unwrap()
@@ -251,7 +252,7 @@ fn llm_int8_is_as_near_to_the_truth_as_transformers() {
             );
             println!("{name} {tensor}: {own:e} against {reference:e}");
             assert!(
-                own <= 1.25 * reference,
+                own <= most * reference,
                 "{name} {tensor}: {own} {reference}"
             );
         }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::bitsandbytes::{self, OutputTensor};
 use super::formats::{Formats, Treatment};
-use super::loader::{narrow, round};
+use super::loader::{converted, round};
 use super::weights::{Checkpoint, widen};
 use crate::config::{BitsAndBytesConfig, torch_name};
 use crate::error::Result;
@@ -67,19 +67,20 @@ pub(super) fn write(
         if let Some(next) = list.get(i + 1) {
             checkpoint.will_need(&next.name);
         }
-        let mut values = widen(checkpoint.tensor(&exported.name, &exported.shape)?);
-        // The type of the model comes first, and its rounding.
-        round(&mut values, formats.dtype);
+        let data = checkpoint.tensor(&exported.name, &exported.shape)?;
         let treatment = formats.treatment(&exported.name);
         let bytes = match (treatment, exported.shape.as_slice()) {
             (Treatment::Quantise(config, kind), [n, k]) => {
+                // The type of the model comes first, and its rounding.
+                let mut values = widen(data);
+                round(&mut values, formats.dtype);
                 let how = (kind, config.bnb_4bit_use_double_quant, formats.dtype);
                 bitsandbytes::serialise(&bitsandbytes::quantise(&values, [*n, *k], how))
             }
-            _ => vec![narrow(&values, formats.dtype)],
+            _ => vec![converted(data, formats.dtype, formats.dtype)],
         };
-        drop(values);
         for (tensor, bytes) in exported.tensors.iter().zip(bytes) {
+            debug_assert_eq!(tensor.bytes, bytes.len(), "{}", tensor.name);
             sink(&tensor.name, &bytes)?;
         }
         checkpoint.release(&exported.name);

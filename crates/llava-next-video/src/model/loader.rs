@@ -501,7 +501,7 @@ fn narrow_chunk(values: &[f32], dtype: Dtype, bytes: &mut [u8]) {
 }
 
 /// Stored floats rounded to one type and kept in another that holds it.
-fn converted(data: WeightData<'_>, rounded: Dtype, kept: Dtype) -> Vec<u8> {
+pub(super) fn converted(data: WeightData<'_>, rounded: Dtype, kept: Dtype) -> Vec<u8> {
     let (size, bytes) = match data {
         WeightData::F32(bytes) => (4, bytes),
         WeightData::Bf16(bytes) | WeightData::F16(bytes) => (2, bytes),

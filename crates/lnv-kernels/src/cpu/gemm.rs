@@ -615,9 +615,7 @@ fn tile<S: Simd, F: Format, const ROWS: usize, const V: usize>(
                 unsafe {
                     let a = t.a.as_ptr().add(step * ROWS * F::A_PER_STEP);
                     let w = t.w.as_ptr().add(step * step_bytes);
-                    if ROWS > 1 {
-                        F::fetch::<S, V>(w.wrapping_add(PREFETCH), first);
-                    }
+                    F::fetch::<S, V>(w.wrapping_add(PREFETCH), first);
                     F::step(s, &mut acc, a, w, first);
                 }
                 step += 1;

@@ -111,7 +111,7 @@ impl<D: Dot> Format for Q4<D> {
     #[inline(always)]
     fn registers(rows: usize, lanes: usize) -> usize {
         match (lanes, rows) {
-            (16, 1..=6) => 2,
+            (16, _) => 2,
             (8, 1) => 4,
             (8, 2) => 2,
             _ => 1,

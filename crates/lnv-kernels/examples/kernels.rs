@@ -167,7 +167,7 @@ impl Bench {
 
     fn attention(&self) {
         let vit = heads(16, 16, 64);
-        for precision in [Precision::F32, Precision::Bf16] {
+        for precision in [Precision::F32, Precision::Bf16, Precision::Int8] {
             let name = format!("full {precision:?} 8x577, 16x64");
             if !self.wants(&name) {
                 continue;

@@ -9,6 +9,7 @@
 
 pub(crate) mod activation;
 pub(crate) mod attention;
+mod byte_attention;
 mod dot;
 mod dot_attention;
 pub(crate) mod eager;

@@ -20,7 +20,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use lnv_kernels::{Bnb4, Compute, Int8, PackedBytes, Weight, WeightDtype};
+use lnv_kernels::{Bnb4, Compute, Int8, PackedBytes, Precision, Weight, WeightDtype};
 
 use super::bitsandbytes::{self, BLOCK};
 use super::llava_next_video::LoadOptions;
@@ -233,6 +233,15 @@ impl Formats {
                 Some(WeightDtype::Bnb4(_)) => WeightDtype::F32,
                 _ => WeightDtype::Q8,
             },
+        }
+    }
+
+    /// How the vision tower's attention may multiply: as its weights are.
+    pub fn vision_attention(&self) -> Precision {
+        match (self.quantization, self.dtype) {
+            (Some(Quantization::Q8 | Quantization::Q4), _) => Precision::Int8,
+            (None, Dtype::F32) => Precision::F32,
+            (None, Dtype::Bf16 | Dtype::F16) => Precision::Bf16,
         }
     }
 

@@ -8,9 +8,9 @@
 use std::time::Instant;
 
 use lnv_kernels::{
-    Activation, AttentionShape, Device, Epilogue, Heads, Isa, KV_BLOCK, KernelError, KvCache,
-    KvDtype, Ops, PackedBytes, Precision, Slot, Span, Vector, Weight, WeightData, WeightDtype,
-    WeightPart, packed_len, probe,
+    Activation, AttentionShape, Bnb4, Code4, Compute, Device, Epilogue, Heads, Int8, Isa, KV_BLOCK,
+    KernelError, KvCache, KvDtype, Ops, PackedBytes, Precision, Slot, Span, Vector, Weight,
+    WeightData, WeightDtype, WeightPart, packed_len, probe,
 };
 
 /// Weights of one shape.
@@ -45,7 +45,16 @@ fn main() -> Result<(), KernelError> {
         bench.products(dtype)?;
     }
     for dtype in [WeightDtype::Q8, WeightDtype::Q4] {
-        bench.quantised(dtype)?;
+        bench.quantised(dtype, WeightDtype::Q8)?;
+    }
+    bench.quantised(WeightDtype::Int8(Int8::new(6.0)), WeightDtype::Q8)?;
+    for code in [Code4::Nf4, Code4::Fp4] {
+        for (compute, peak) in [
+            (Compute::Bf16, WeightDtype::Bf16),
+            (Compute::F32, WeightDtype::F32),
+        ] {
+            bench.quantised(WeightDtype::Bnb4(Bnb4 { code, compute }), peak)?;
+        }
     }
     bench.attention();
     bench.rows();
@@ -121,8 +130,8 @@ impl Bench {
         weight
     }
 
-    /// Quantised weights: shares of the byte dot product's peak, and of the bandwidth.
-    fn quantised(&self, dtype: WeightDtype) -> Result<(), KernelError> {
+    /// Quantised weights: shares of the peak of the type that is multiplied, and of the bandwidth.
+    fn quantised(&self, dtype: WeightDtype, multiplied: WeightDtype) -> Result<(), KernelError> {
         let shapes = [
             (4096, 4096),
             (22016, 4096),
@@ -133,7 +142,7 @@ impl Bench {
             (1024, 4096),
         ];
         for (n, k) in shapes {
-            let name = |rows: usize| format!("linear {dtype:?} {rows}x{k}x{n}");
+            let name = |rows: usize| format!("linear {} {rows}x{k}x{n}", kind(dtype));
             let sizes = [1, 2, 4, 8, 16, 32, 577, 1192, 4616];
             let wanted: Vec<usize> = sizes
                 .into_iter()
@@ -142,10 +151,11 @@ impl Bench {
             if wanted.is_empty() {
                 continue;
             }
-            let peak = probe::peak_gflops(self.ops.isa(), WeightDtype::Q8);
+            let peak = probe::peak_gflops(self.ops.isa(), multiplied);
             let len = packed_len(n, k, dtype);
             // Codes and scales that are numbers; what they are costs nothing.
-            let packed: Vec<u8> = noise(len).iter().map(|v| v.to_bits() as u8 & 63).collect();
+            let byte = |v: &f32| v.to_bits() as u8 & 63 | 32;
+            let packed: Vec<u8> = noise(len).iter().map(byte).collect();
             let weight = |_| Weight::from_packed(n, k, dtype, PackedBytes::copied(&packed));
             let weights = (0..UNCACHED.div_ceil(len)).map(weight);
             let weights: Vec<Weight> = weights.collect::<Result<_, _>>()?;
@@ -345,6 +355,15 @@ impl Bench {
 
     fn wants(&self, name: &str) -> bool {
         name.contains(&self.filter)
+    }
+}
+
+/// A type's name, short.
+fn kind(dtype: WeightDtype) -> String {
+    match dtype {
+        WeightDtype::Bnb4(of) => format!("{:?} {:?}", of.code, of.compute),
+        WeightDtype::Int8(_) => "Int8".to_string(),
+        dtype => format!("{dtype:?}"),
     }
 }
 

@@ -9,12 +9,14 @@
 
 pub(crate) mod activation;
 pub(crate) mod attention;
+mod bnb;
 mod dot;
 mod dot_attention;
 pub(crate) mod eager;
 pub(crate) mod formats;
 pub(crate) mod gemm;
 pub(crate) mod int;
+mod lookup;
 pub(crate) mod norm;
 pub(crate) mod pack;
 pub(crate) mod quantise;

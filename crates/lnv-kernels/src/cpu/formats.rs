@@ -7,6 +7,7 @@
 
 use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 
+use crate::cpu::gemm::Tile;
 use crate::cpu::simd::{Kernel, Simd, launch, launch_bf16_dot};
 use crate::isa::Isa;
 use crate::weight::q8::Step;
@@ -23,6 +24,9 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
     const TAIL_BYTES: usize = 0;
     /// Whether activations are quantised, so that rows have a [`Head`].
     const HEADS: bool = false;
+    /// Bytes of one column in a step that [`Format::unpack`] writes; 0 if every tile reads panels as
+    /// they lie.
+    const UNPACKED_BYTES: usize = 0;
 
     /// Rows of the largest tile: its sums fill the registers but for the operands.
     fn tile_rows(isa: Isa) -> usize {
@@ -100,6 +104,20 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
     #[inline(always)]
     unsafe fn finish<S: Simd>(_: S, sums: S::F, _: *const u8, _: &Head) -> S::F {
         sums
+    }
+
+    /// Writes a step of a panel at `w` to `out` as [`Format::unpacked_tile`] reads it, where several
+    /// tiles will.
+    ///
+    /// # Safety
+    /// `PANEL * COLUMN_BYTES` bytes can be read at `w` and `PANEL * UNPACKED_BYTES` written at `out`.
+    /// Only inside [`Format::launch`].
+    #[inline(always)]
+    unsafe fn unpack<S: Simd>(_: S, _: *const u8, _: *mut u8) {}
+
+    /// What a tile does with unpacked steps: the sums that [`Format::step`] would make, bit for bit.
+    fn unpacked_tile(_: Isa, _: &Tile<'_>, _: &mut [f32], _: bool) {
+        unreachable!("nothing was unpacked");
     }
 }
 

@@ -19,6 +19,9 @@ use rayon::prelude::*;
 
 use crate::buffer::{Aligned, Buffer, Vector};
 use crate::cpu::activation::activation;
+use crate::cpu::bnb::{
+    Bnb4, Fp4Bf16, Fp4F32, Int8, Nf4Bf16, Nf4F32, Outliers, Pairs, Values, Wide, add_outliers,
+};
 use crate::cpu::formats::{DotBf16, Format, Head, WideBf16, WideF16, WideF32};
 use crate::cpu::int::{Vnni, Widened};
 use crate::cpu::quantised::{Q4, Q8};
@@ -26,8 +29,9 @@ use crate::cpu::scratch::{Shared, with};
 use crate::cpu::simd::{Kernel, Simd};
 use crate::isa::Isa;
 use crate::ops::Epilogue;
+use crate::weight::bnb::Code4;
 use crate::weight::q8::Step;
-use crate::weight::{PANEL, Weight, WeightDtype};
+use crate::weight::{Compute, PANEL, Weight, WeightDtype};
 
 /// Bytes of a panel between two changes of tile: half the second-level cache stays for nothing
 /// else.
@@ -49,6 +53,7 @@ thread_local! {
     static PACKED: Cell<Option<Aligned<u32>>> = const { Cell::new(None) };
     static HEADS: Cell<Option<Aligned<Head>>> = const { Cell::new(None) };
     static SUMS: Cell<Option<Aligned<f32>>> = const { Cell::new(None) };
+    static UNPACKED: Cell<Option<Aligned<u8>>> = const { Cell::new(None) };
 }
 
 /// `out = act(x·Wᵀ + bias)` or `out += x·Wᵀ + bias`; the shapes fit.
@@ -68,9 +73,31 @@ pub(crate) fn linear(
         WeightDtype::Q8 => product::<Q8<Widened>>(isa, x, w, finish, out),
         WeightDtype::Q4 if isa >= Isa::Avx512Vnni => product::<Q4<Vnni>>(isa, x, w, finish, out),
         WeightDtype::Q4 => product::<Q4<Widened>>(isa, x, w, finish, out),
-        WeightDtype::Bnb4(_) | WeightDtype::Int8(_) => {
-            crate::reference::linear(x, w, finish.0, finish.1, out);
+        WeightDtype::Bnb4(of) => match (of.code, of.compute) {
+            (Code4::Nf4, Compute::F32) => product::<Bnb4<Wide, Nf4F32>>(isa, x, w, finish, out),
+            (Code4::Fp4, Compute::F32) => product::<Bnb4<Wide, Fp4F32>>(isa, x, w, finish, out),
+            (Code4::Nf4, Compute::Bf16) => bf16_product::<Nf4Bf16>(isa, x, w, finish, out),
+            (Code4::Fp4, Compute::Bf16) => bf16_product::<Fp4Bf16>(isa, x, w, finish, out),
+        },
+        WeightDtype::Int8(_) if isa >= Isa::Avx512Vnni => {
+            product::<Int8<Vnni>>(isa, x, w, finish, out);
         }
+        WeightDtype::Int8(_) => product::<Int8<Widened>>(isa, x, w, finish, out),
+    }
+}
+
+/// A product with 4-bit weights of bitsandbytes in bf16.
+fn bf16_product<T: Values>(
+    isa: Isa,
+    x: &Buffer,
+    w: &Weight,
+    finish: (Option<&Vector>, Epilogue),
+    out: &mut Buffer,
+) {
+    if isa == Isa::Avx512Bf16 {
+        product::<Bnb4<Pairs, T>>(isa, x, w, finish, out);
+    } else {
+        product::<Bnb4<Wide, T>>(isa, x, w, finish, out);
     }
 }
 
@@ -86,13 +113,19 @@ fn product<F: Format>(
     }
     let plan = &Plan::new::<F>(isa, x.rows(), w.n(), w.k());
     let heads = if F::HEADS { plan.rows } else { 0 };
+    let (outliers, kept) = match w.dtype() {
+        WeightDtype::Int8(of) => Outliers::take(x.host(), w.k(), of),
+        _ => Default::default(),
+    };
+    let x = kept.as_deref().unwrap_or(x.host());
     with(&PACKED, plan.packed_len(), |packed| {
         with(&HEADS, heads, |heads| {
-            pack::<F>(isa, plan, x.host(), packed, heads);
+            pack::<F>(isa, plan, x, packed, heads);
             let product = Product {
                 plan,
                 packed,
                 heads,
+                outliers: &outliers,
                 panels: w.packed_bytes(),
                 bias: bias.map(Vector::as_slice),
                 then,
@@ -100,13 +133,16 @@ fn product<F: Format>(
             };
             plan.each(plan.row_blocks * plan.panel_groups, |task| {
                 with(&SUMS, plan.sums_len(), |sums| {
-                    let task = Task::<F> {
-                        product: &product,
-                        task,
-                        sums,
-                        format: PhantomData,
-                    };
-                    F::launch(isa, task);
+                    with(&UNPACKED, plan.unpacked_len(), |unpacked| {
+                        let task = Task::<F> {
+                            product: &product,
+                            task,
+                            sums,
+                            unpacked,
+                            format: PhantomData,
+                        };
+                        F::launch(isa, task);
+                    });
                 });
             });
         });
@@ -143,6 +179,8 @@ struct Plan {
     /// Bytes of a panel's columns in a step, and of a panel.
     step_bytes: usize,
     panel_bytes: usize,
+    /// Bytes of an unpacked step.
+    unpacked_bytes: usize,
     tile_rows: usize,
     tiles: usize,
     row_blocks: usize,
@@ -160,7 +198,7 @@ impl Plan {
         let threads = rayon::current_num_threads();
         let (mut block_steps, mut row_blocks) = (steps.max(1), 1);
         if tiles > 1 {
-            let most = PANEL_BLOCK / (PANEL * F::COLUMN_BYTES);
+            let most = PANEL_BLOCK / (PANEL * F::COLUMN_BYTES.max(F::UNPACKED_BYTES));
             block_steps = steps.div_ceil(steps.div_ceil(most).max(1)).max(1);
             let tile_bytes = block_steps * F::A_PER_STEP * 4 * tile_rows;
             row_blocks = tiles.div_ceil((ROWS_BLOCK / tile_bytes).max(1));
@@ -183,6 +221,7 @@ impl Plan {
             block_steps,
             a_per_step: F::A_PER_STEP,
             step_bytes,
+            unpacked_bytes: PANEL * F::UNPACKED_BYTES,
             panel_bytes: steps * step_bytes + F::TAIL_BYTES,
             tile_rows,
             tiles,
@@ -199,6 +238,15 @@ impl Plan {
             (0..count).for_each(work);
         } else {
             (0..count).into_par_iter().with_max_len(1).for_each(work);
+        }
+    }
+
+    /// Bytes of a panel's block of k that is unpacked.
+    fn unpacked_len(&self) -> usize {
+        if self.tiles > 1 {
+            self.block_steps * self.unpacked_bytes
+        } else {
+            0
         }
     }
 
@@ -323,6 +371,7 @@ struct Product<'a> {
     plan: &'a Plan,
     packed: &'a [u32],
     heads: &'a [Head],
+    outliers: &'a Outliers,
     panels: &'a [u8],
     bias: Option<&'a [f32]>,
     then: Epilogue,
@@ -334,6 +383,7 @@ struct Task<'a, F> {
     product: &'a Product<'a>,
     task: usize,
     sums: &'a mut [f32],
+    unpacked: &'a mut [u8],
     format: PhantomData<F>,
 }
 
@@ -353,6 +403,10 @@ impl<F: Format> Kernel for Task<'_, F> {
             for panel in group.clone() {
                 let w = panel * plan.panel_bytes + steps.start * plan.step_bytes;
                 let w = &product.panels[w..w + steps.len() * plan.step_bytes];
+                let unpacks = F::UNPACKED_BYTES > 0 && tiles.len() > 1;
+                if unpacks {
+                    unpack::<S, F>(s, w, self.unpacked);
+                }
                 for tile in tiles.clone() {
                     let rows = plan.tile(tile);
                     let at = plan.packed_at(&block, rows.start, &steps);
@@ -366,13 +420,30 @@ impl<F: Format> Kernel for Task<'_, F> {
                         steps: steps.len(),
                         result: (steps.end == plan.steps).then(|| product.place(rows.start, panel)),
                     };
-                    any_tile::<F>(plan.isa, &tile, sums, steps.start > 0);
+                    if unpacks {
+                        let w = &self.unpacked[..steps.len() * PANEL * F::UNPACKED_BYTES];
+                        let tile = Tile { w, ..tile };
+                        F::unpacked_tile(plan.isa, &tile, sums, steps.start > 0);
+                    } else {
+                        any_tile::<F>(plan.isa, &tile, sums, steps.start > 0);
+                    }
                     if steps.end == plan.steps {
                         product.finish::<S, F>(s, rows, panel, sums);
                     }
                 }
             }
         }
+    }
+}
+
+/// Unpacks steps of a panel.
+#[inline(always)]
+fn unpack<S: Simd, F: Format>(s: S, w: &[u8], out: &mut [u8]) {
+    let steps = w.chunks_exact(PANEL * F::COLUMN_BYTES);
+    let out = &mut out[..steps.len() * PANEL * F::UNPACKED_BYTES];
+    for (w, out) in steps.zip(out.chunks_exact_mut(PANEL * F::UNPACKED_BYTES)) {
+        // SAFETY: a step of the panel, and room for one; this is inside F::launch.
+        unsafe { F::unpack(s, w.as_ptr(), out.as_mut_ptr()) };
     }
 }
 
@@ -394,10 +465,12 @@ impl Product<'_> {
         let columns = PANEL.min(self.plan.n - panel * PANEL);
         let tail = (panel + 1) * self.plan.panel_bytes - F::TAIL_BYTES;
         let tail = &self.panels[tail..tail + F::TAIL_BYTES];
+        let whole = &self.panels[panel * self.plan.panel_bytes..][..self.plan.panel_bytes];
         let place = self.place(rows.start, panel);
         for (index, sums) in sums.chunks_exact(PANEL).enumerate() {
             place.fetch::<_MM_HINT_T0>(index + AHEAD..index + AHEAD + 1, 0..PANEL);
             let row = rows.start + index;
+            let outliers = self.outliers.of(row);
             let head = if F::HEADS {
                 self.heads[row]
             } else {
@@ -409,7 +482,10 @@ impl Product<'_> {
                 // columns that are left of the row, which this task alone writes.
                 unsafe {
                     let tail = tail.as_ptr().add(lane * (F::TAIL_BYTES / PANEL));
-                    let value = F::finish(s, s.load(sums.as_ptr().add(lane)), tail, &head);
+                    let mut value = F::finish(s, s.load(sums.as_ptr().add(lane)), tail, &head);
+                    if !outliers.is_empty() {
+                        value = add_outliers(s, value, outliers, whole, lane);
+                    }
                     if lane + S::LANES <= columns {
                         self.store::<S, true>(s, value, at, S::LANES);
                     } else {
@@ -471,7 +547,7 @@ unsafe fn load<S: Simd, const WHOLE: bool>(s: S, p: *const f32, live: usize) -> 
 }
 
 /// One tile of rows times one panel, over one block of k.
-struct Tile<'a> {
+pub(crate) struct Tile<'a> {
     a: &'a [u32],
     w: &'a [u8],
     steps: usize,
@@ -507,7 +583,7 @@ const AHEAD: usize = 3;
 const FETCH: usize = 512;
 
 /// The tile's sums, new or continued, to `sums` (`[rows, PANEL]`).
-fn any_tile<F: Format>(isa: Isa, t: &Tile<'_>, sums: &mut [f32], more: bool) {
+pub(crate) fn any_tile<F: Format>(isa: Isa, t: &Tile<'_>, sums: &mut [f32], more: bool) {
     macro_rules! rows {
         ($($rows:literal)*) => {
             match sums.len() / PANEL {
@@ -610,7 +686,8 @@ pub(crate) fn spin(isa: Isa, dtype: WeightDtype, times: usize) -> Spun {
         WeightDtype::Q8 => spin_format::<Q8<Widened>>(isa, times),
         WeightDtype::Q4 if isa >= Isa::Avx512Vnni => spin_format::<Q4<Vnni>>(isa, times),
         WeightDtype::Q4 => spin_format::<Q4<Widened>>(isa, times),
-        WeightDtype::Bnb4(_) => spin(isa, WeightDtype::Bf16, times),
+        WeightDtype::Bnb4(of) if of.compute == Compute::Bf16 => spin(isa, WeightDtype::Bf16, times),
+        WeightDtype::Bnb4(_) => spin(isa, WeightDtype::F32, times),
         WeightDtype::Int8(_) => spin(isa, WeightDtype::Q8, times),
     }
 }

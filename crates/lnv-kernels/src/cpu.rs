@@ -22,6 +22,7 @@ pub(crate) mod pack;
 pub(crate) mod quantise;
 pub(crate) mod quantised;
 pub(crate) mod rope;
+pub(crate) mod rotate;
 pub(crate) mod scratch;
 pub(crate) mod simd;
 mod small;

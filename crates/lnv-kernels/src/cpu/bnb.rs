@@ -14,25 +14,53 @@
 
 use std::marker::PhantomData;
 
+use crate::buffer::{Buffer, Vector};
 use crate::cpu::formats::{DotBf16, Format, Head, fetch_line};
-use crate::cpu::gemm::{Tile, any_tile};
-use crate::cpu::int::Dot;
+use crate::cpu::gemm::product;
+use crate::cpu::int::{Dot, Vnni, Widened};
 use crate::cpu::quantised::Q8;
 use crate::cpu::simd::{Kernel, Simd, launch};
 use crate::isa::Isa;
-use crate::weight::PANEL;
+use crate::ops::Epilogue;
 use crate::weight::bnb::{Code4, INT8_STEP};
-use crate::weight::bnb4::{CODES, Compute, GROUP, GROUP_BYTES, Numbers};
-use crate::weight::int8::Int8 as Threshold;
+use crate::weight::bnb4::{CODES, GROUP, GROUP_BYTES, Numbers};
 use crate::weight::q8::Step;
+use crate::weight::{Compute, PANEL, Weight, WeightDtype};
 
 /// Values of k that lie in a word.
 const WORD: usize = 8;
 /// Words of a column in a group.
 const WORDS: usize = GROUP / WORD;
 
+/// A product with such weights, as [`crate::cpu::gemm::linear`].
+pub(crate) fn linear(
+    isa: Isa,
+    x: &Buffer,
+    w: &Weight,
+    finish: (Option<&Vector>, Epilogue),
+    out: &mut Buffer,
+) {
+    let WeightDtype::Bnb4(of) = w.dtype() else {
+        if isa >= Isa::Avx512Vnni {
+            product::<Int8<Vnni>>(isa, x, w, finish, out);
+        } else {
+            product::<Int8<Widened>>(isa, x, w, finish, out);
+        }
+        return;
+    };
+    let pairs = isa == Isa::Avx512Bf16;
+    match (of.code, of.compute) {
+        (Code4::Nf4, Compute::F32) => product::<Bnb4<Wide, Nf4F32>>(isa, x, w, finish, out),
+        (Code4::Fp4, Compute::F32) => product::<Bnb4<Wide, Fp4F32>>(isa, x, w, finish, out),
+        (Code4::Nf4, _) if pairs => product::<Bnb4<Pairs, Nf4Bf16>>(isa, x, w, finish, out),
+        (Code4::Fp4, _) if pairs => product::<Bnb4<Pairs, Fp4Bf16>>(isa, x, w, finish, out),
+        (Code4::Nf4, _) => product::<Bnb4<Wide, Nf4Bf16>>(isa, x, w, finish, out),
+        (Code4::Fp4, _) => product::<Bnb4<Wide, Fp4Bf16>>(isa, x, w, finish, out),
+    }
+}
+
 /// What codes stand for in products.
-pub(crate) trait Values: Copy + Send + Sync + 'static {
+trait Values: Copy + Send + Sync + 'static {
     const NUMBERS: Numbers;
     /// The values as bf16, twice.
     const PAIRS: [u16; 32] = {
@@ -48,7 +76,7 @@ pub(crate) trait Values: Copy + Send + Sync + 'static {
 macro_rules! values {
     ($($name:ident $code:ident $compute:ident)*) => {$(
         #[derive(Clone, Copy)]
-        pub(crate) struct $name;
+        struct $name;
         impl Values for $name {
             const NUMBERS: Numbers = Numbers::of(Code4::$code, Compute::$compute);
         }
@@ -57,7 +85,7 @@ macro_rules! values {
 values!(Nf4F32 Nf4 F32  Nf4Bf16 Nf4 Bf16  Fp4F32 Fp4 F32  Fp4Bf16 Fp4 Bf16);
 
 /// One way to multiply looked-up values.
-pub(crate) trait Multiplier: Copy + Send + Sync + 'static {
+trait Multiplier: Copy + Send + Sync + 'static {
     /// Values of k in a lane of a looked-up register.
     const LANE_K: usize;
     fn launch<K: Kernel>(isa: Isa, kernel: K);
@@ -81,7 +109,7 @@ pub(crate) trait Multiplier: Copy + Send + Sync + 'static {
 
 /// Pairs of bf16.
 #[derive(Clone, Copy)]
-pub(crate) struct Pairs;
+struct Pairs;
 
 impl Multiplier for Pairs {
     const LANE_K: usize = 2;
@@ -119,7 +147,7 @@ impl Multiplier for Pairs {
 
 /// f32.
 #[derive(Clone, Copy)]
-pub(crate) struct Wide;
+struct Wide;
 
 impl Multiplier for Wide {
     const LANE_K: usize = 1;
@@ -159,13 +187,14 @@ impl Multiplier for Wide {
 
 /// 4-bit weights, looked up in the step.
 #[derive(Clone, Copy)]
-pub(crate) struct Bnb4<M, T>(PhantomData<(M, T)>);
+struct Bnb4<M, T>(PhantomData<(M, T)>);
 
 impl<M: Multiplier, T: Values> Format for Bnb4<M, T> {
     const COLUMN_BYTES: usize = GROUP_BYTES / PANEL;
     const STEP_K: usize = GROUP;
     const A_PER_STEP: usize = GROUP / M::LANE_K;
-    const UNPACKED_BYTES: usize = Unpacked::<M>::COLUMN_BYTES;
+    type Unpacked = Unpacked<M>;
+    const UNPACKS: bool = true;
 
     /// A group's sums and the groups' take twice the registers.
     #[inline(always)]
@@ -244,30 +273,26 @@ impl<M: Multiplier, T: Values> Format for Bnb4<M, T> {
     }
 
     #[inline(always)]
-    unsafe fn unpack<S: Simd>(s: S, w: *const u8, out: *mut u8) {
-        for first in (0..PANEL).step_by(S::LANES) {
-            for word in 0..WORDS {
-                // SAFETY: the caller's contract: a group at w, and room for its values at out.
-                unsafe {
-                    let words = s.load_i(w.add(4 * (word * PANEL + first)));
-                    let values = M::look::<S, T>(s, words);
-                    let per_word = WORD / M::LANE_K;
-                    for (part, values) in values.iter().enumerate().take(per_word) {
-                        let at = 4 * ((word * per_word + part) * PANEL + first);
-                        s.store(out.add(at).cast(), s.floats(*values));
+    fn unpack<S: Simd>(s: S, w: &[u8], out: &mut [u8]) {
+        let groups = out.chunks_exact_mut(PANEL * Unpacked::<M>::COLUMN_BYTES);
+        for (w, out) in w.chunks_exact(GROUP_BYTES).zip(groups) {
+            let per_word = WORD / M::LANE_K;
+            for first in (0..PANEL).step_by(S::LANES) {
+                for word in 0..WORDS {
+                    // SAFETY: within a group's codes, and within the room for their values; this is
+                    // inside launch.
+                    unsafe {
+                        let words = s.load_i(w.as_ptr().add(4 * (word * PANEL + first)));
+                        let values = M::look::<S, T>(s, words);
+                        for (part, values) in values.iter().enumerate().take(per_word) {
+                            let at = 4 * ((word * per_word + part) * PANEL + first);
+                            s.store(out.as_mut_ptr().add(at).cast(), s.floats(*values));
+                        }
                     }
                 }
             }
+            out[4 * Self::A_PER_STEP * PANEL..].copy_from_slice(&w[CODES..]);
         }
-        // SAFETY: as above.
-        unsafe {
-            let absmax = out.add(4 * Self::A_PER_STEP * PANEL);
-            absmax.copy_from_nonoverlapping(w.add(CODES), 4 * PANEL);
-        }
-    }
-
-    fn unpacked_tile(isa: Isa, tile: &Tile<'_>, sums: &mut [f32], more: bool) {
-        any_tile::<Unpacked<M>>(isa, tile, sums, more);
     }
 }
 
@@ -297,11 +322,12 @@ const FAR: usize = 8 << 10;
 /// How far ahead of the arithmetic unpacked values are fetched from the second-level cache.
 const AHEAD: usize = 4 << 10;
 
-/// The values of 4-bit weights in scratch: what [`Format::unpack`] of [`Bnb4`] writes.
+/// The values of 4-bit weights in scratch: what [`Bnb4`] unpacks to.
 #[derive(Clone, Copy)]
 struct Unpacked<M>(PhantomData<M>);
 
 impl<M: Multiplier> Format for Unpacked<M> {
+    type Unpacked = Self;
     const COLUMN_BYTES: usize = 4 * (GROUP / M::LANE_K + 1);
     const STEP_K: usize = GROUP;
     const A_PER_STEP: usize = GROUP / M::LANE_K;
@@ -348,9 +374,10 @@ impl<M: Multiplier> Format for Unpacked<M> {
 
 /// LLM.int8() weights: the step of 8-bit weights, with the scales of bitsandbytes.
 #[derive(Clone, Copy)]
-pub(crate) struct Int8<D>(PhantomData<D>);
+struct Int8<D>(PhantomData<D>);
 
 impl<D: Dot> Format for Int8<D> {
+    type Unpacked = Self;
     const COLUMN_BYTES: usize = Q8::<D>::COLUMN_BYTES;
     const STEP_K: usize = Q8::<D>::STEP_K;
     const A_PER_STEP: usize = 1;
@@ -414,11 +441,15 @@ pub(crate) struct Outliers {
 }
 
 impl Outliers {
-    /// Takes them out of the rows of k values, if there are any: returns the rows with zeros in their
-    /// places.
-    pub(crate) fn take(x: &[f32], k: usize, of: Threshold) -> (Outliers, Option<Vec<f32>>) {
+    /// Takes them out of rows that such a weight is multiplied with, if there are any: returns the rows
+    /// with zeros in their places.
+    pub(crate) fn take(x: &[f32], w: &Weight) -> (Outliers, Option<Vec<f32>>) {
         let mut outliers = Outliers::default();
         let mut kept: Option<Vec<f32>> = None;
+        let WeightDtype::Int8(of) = w.dtype() else {
+            return (outliers, kept);
+        };
+        let k = w.k();
         for (row, values) in x.chunks_exact(k.max(1)).enumerate() {
             let found = || {
                 values

@@ -7,7 +7,6 @@
 
 use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 
-use crate::cpu::gemm::Tile;
 use crate::cpu::simd::{Kernel, Simd, launch, launch_bf16_dot};
 use crate::isa::Isa;
 use crate::weight::q8::Step;
@@ -24,9 +23,13 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
     const TAIL_BYTES: usize = 0;
     /// Whether activations are quantised, so that rows have a [`Head`].
     const HEADS: bool = false;
-    /// Bytes of one column in a step that [`Format::unpack`] writes; 0 if every tile reads panels as
-    /// they lie.
-    const UNPACKED_BYTES: usize = 0;
+    /// Whether activations are rotated along k.
+    const ROTATES: bool = false;
+    /// What a panel is unpacked to where several tiles of rows read it, with equal steps and equal
+    /// activations; the format itself, if that brings nothing.
+    type Unpacked: Format;
+    /// Whether there is something to unpack.
+    const UNPACKS: bool = false;
 
     /// Rows of the largest tile: its sums fill the registers but for the operands.
     fn tile_rows(isa: Isa) -> usize {
@@ -96,6 +99,10 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
         first: usize,
     );
 
+    /// Unpacks the steps at `w` to `out`, if [`Format::UNPACKS`].
+    #[inline(always)]
+    fn unpack<S: Simd>(_: S, _w: &[u8], _out: &mut [u8]) {}
+
     /// A register of sums as values: columns of a panel whose tail, from their column on, is at
     /// `tail`, in a row with this head.
     ///
@@ -104,20 +111,6 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
     #[inline(always)]
     unsafe fn finish<S: Simd>(_: S, sums: S::F, _: *const u8, _: &Head) -> S::F {
         sums
-    }
-
-    /// Writes a step of a panel at `w` to `out` as [`Format::unpacked_tile`] reads it, where several
-    /// tiles will.
-    ///
-    /// # Safety
-    /// `PANEL * COLUMN_BYTES` bytes can be read at `w` and `PANEL * UNPACKED_BYTES` written at `out`.
-    /// Only inside [`Format::launch`].
-    #[inline(always)]
-    unsafe fn unpack<S: Simd>(_: S, _: *const u8, _: *mut u8) {}
-
-    /// What a tile does with unpacked steps: the sums that [`Format::step`] would make, bit for bit.
-    fn unpacked_tile(_: Isa, _: &Tile<'_>, _: &mut [f32], _: bool) {
-        unreachable!("nothing was unpacked");
     }
 }
 
@@ -143,6 +136,7 @@ pub(crate) struct Head {
 pub(crate) struct WideF32;
 
 impl Format for WideF32 {
+    type Unpacked = Self;
     const COLUMN_BYTES: usize = 4;
     const STEP_K: usize = 1;
     const A_PER_STEP: usize = 1;
@@ -170,6 +164,7 @@ impl Format for WideF32 {
 pub(crate) struct WideF16;
 
 impl Format for WideF16 {
+    type Unpacked = Self;
     const COLUMN_BYTES: usize = 2;
     const STEP_K: usize = 1;
     const A_PER_STEP: usize = 1;
@@ -197,6 +192,7 @@ impl Format for WideF16 {
 pub(crate) struct WideBf16;
 
 impl Format for WideBf16 {
+    type Unpacked = Self;
     const COLUMN_BYTES: usize = 4;
     const STEP_K: usize = 2;
     const A_PER_STEP: usize = 2;
@@ -227,6 +223,7 @@ impl Format for WideBf16 {
 pub(crate) struct DotBf16;
 
 impl Format for DotBf16 {
+    type Unpacked = Self;
     const COLUMN_BYTES: usize = 4;
     const STEP_K: usize = 2;
     const A_PER_STEP: usize = 1;

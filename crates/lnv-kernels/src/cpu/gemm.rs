@@ -19,19 +19,17 @@ use rayon::prelude::*;
 
 use crate::buffer::{Aligned, Buffer, Vector};
 use crate::cpu::activation::activation;
-use crate::cpu::bnb::{
-    Bnb4, Fp4Bf16, Fp4F32, Int8, Nf4Bf16, Nf4F32, Outliers, Pairs, Values, Wide, add_outliers,
-};
+use crate::cpu::bnb::{self, Outliers, add_outliers};
 use crate::cpu::formats::{DotBf16, Format, Head, WideBf16, WideF16, WideF32};
 use crate::cpu::int::{Vnni, Widened};
 use crate::cpu::quantised::{Q4, Q8};
+use crate::cpu::rotate::rotate_row;
 use crate::cpu::scratch::{Shared, with};
 use crate::cpu::simd::{Kernel, Simd};
 use crate::isa::Isa;
 use crate::ops::Epilogue;
-use crate::weight::bnb::Code4;
 use crate::weight::q8::Step;
-use crate::weight::{Compute, PANEL, Weight, WeightDtype};
+use crate::weight::{PANEL, Weight, WeightDtype};
 
 /// Bytes of a panel between two changes of tile: half the second-level cache stays for nothing
 /// else.
@@ -53,6 +51,7 @@ thread_local! {
     static PACKED: Cell<Option<Aligned<u32>>> = const { Cell::new(None) };
     static HEADS: Cell<Option<Aligned<Head>>> = const { Cell::new(None) };
     static SUMS: Cell<Option<Aligned<f32>>> = const { Cell::new(None) };
+    static ROTATED: Cell<Option<Aligned<f32>>> = const { Cell::new(None) };
     static UNPACKED: Cell<Option<Aligned<u8>>> = const { Cell::new(None) };
 }
 
@@ -73,35 +72,11 @@ pub(crate) fn linear(
         WeightDtype::Q8 => product::<Q8<Widened>>(isa, x, w, finish, out),
         WeightDtype::Q4 if isa >= Isa::Avx512Vnni => product::<Q4<Vnni>>(isa, x, w, finish, out),
         WeightDtype::Q4 => product::<Q4<Widened>>(isa, x, w, finish, out),
-        WeightDtype::Bnb4(of) => match (of.code, of.compute) {
-            (Code4::Nf4, Compute::F32) => product::<Bnb4<Wide, Nf4F32>>(isa, x, w, finish, out),
-            (Code4::Fp4, Compute::F32) => product::<Bnb4<Wide, Fp4F32>>(isa, x, w, finish, out),
-            (Code4::Nf4, Compute::Bf16) => bf16_product::<Nf4Bf16>(isa, x, w, finish, out),
-            (Code4::Fp4, Compute::Bf16) => bf16_product::<Fp4Bf16>(isa, x, w, finish, out),
-        },
-        WeightDtype::Int8(_) if isa >= Isa::Avx512Vnni => {
-            product::<Int8<Vnni>>(isa, x, w, finish, out);
-        }
-        WeightDtype::Int8(_) => product::<Int8<Widened>>(isa, x, w, finish, out),
+        WeightDtype::Bnb4(_) | WeightDtype::Int8(_) => bnb::linear(isa, x, w, finish, out),
     }
 }
 
-/// A product with 4-bit weights of bitsandbytes in bf16.
-fn bf16_product<T: Values>(
-    isa: Isa,
-    x: &Buffer,
-    w: &Weight,
-    finish: (Option<&Vector>, Epilogue),
-    out: &mut Buffer,
-) {
-    if isa == Isa::Avx512Bf16 {
-        product::<Bnb4<Pairs, T>>(isa, x, w, finish, out);
-    } else {
-        product::<Bnb4<Wide, T>>(isa, x, w, finish, out);
-    }
-}
-
-fn product<F: Format>(
+pub(crate) fn product<F: Format>(
     isa: Isa,
     x: &Buffer,
     w: &Weight,
@@ -113,10 +88,7 @@ fn product<F: Format>(
     }
     let plan = &Plan::new::<F>(isa, x.rows(), w.n(), w.k());
     let heads = if F::HEADS { plan.rows } else { 0 };
-    let (outliers, kept) = match w.dtype() {
-        WeightDtype::Int8(of) => Outliers::take(x.host(), w.k(), of),
-        _ => Default::default(),
-    };
+    let (outliers, kept) = Outliers::take(x.host(), w);
     let x = kept.as_deref().unwrap_or(x.host());
     with(&PACKED, plan.packed_len(), |packed| {
         with(&HEADS, heads, |heads| {
@@ -133,7 +105,7 @@ fn product<F: Format>(
             };
             plan.each(plan.row_blocks * plan.panel_groups, |task| {
                 with(&SUMS, plan.sums_len(), |sums| {
-                    with(&UNPACKED, plan.unpacked_len(), |unpacked| {
+                    with(&UNPACKED, plan.unpacked_len, |unpacked| {
                         let task = Task::<F> {
                             product: &product,
                             task,
@@ -153,15 +125,23 @@ fn product<F: Format>(
 fn pack<F: Format>(isa: Isa, plan: &Plan, x: &[f32], packed: &mut [u32], heads: &mut [Head]) {
     let (packed, heads) = (Shared::new(packed), Shared::new(heads));
     plan.each(plan.tiles, |tile| {
-        let pack = Pack::<F> {
-            plan,
-            x,
-            tile,
-            packed,
-            heads,
-            format: PhantomData,
+        let rotated = if F::ROTATES {
+            plan.tile(tile).len() * plan.k
+        } else {
+            0
         };
-        F::launch(isa, pack);
+        with(&ROTATED, rotated, |rotated| {
+            let pack = Pack::<F> {
+                plan,
+                x,
+                tile,
+                rotated,
+                packed,
+                heads,
+                format: PhantomData,
+            };
+            F::launch(isa, pack);
+        });
     });
 }
 
@@ -179,8 +159,8 @@ struct Plan {
     /// Bytes of a panel's columns in a step, and of a panel.
     step_bytes: usize,
     panel_bytes: usize,
-    /// Bytes of an unpacked step.
-    unpacked_bytes: usize,
+    /// Bytes of a panel's block of k, unpacked; 0 if nothing is unpacked.
+    unpacked_len: usize,
     tile_rows: usize,
     tiles: usize,
     row_blocks: usize,
@@ -198,7 +178,7 @@ impl Plan {
         let threads = rayon::current_num_threads();
         let (mut block_steps, mut row_blocks) = (steps.max(1), 1);
         if tiles > 1 {
-            let most = PANEL_BLOCK / (PANEL * F::COLUMN_BYTES.max(F::UNPACKED_BYTES));
+            let most = PANEL_BLOCK / (PANEL * F::Unpacked::COLUMN_BYTES);
             block_steps = steps.div_ceil(steps.div_ceil(most).max(1)).max(1);
             let tile_bytes = block_steps * F::A_PER_STEP * 4 * tile_rows;
             row_blocks = tiles.div_ceil((ROWS_BLOCK / tile_bytes).max(1));
@@ -212,7 +192,13 @@ impl Plan {
         let panel_groups = wanted.max(least).min(panels);
         let serial = threads == 1 || rows * n * k <= SERIAL;
         let step_bytes = PANEL * F::COLUMN_BYTES;
+        let unpacked_len = if F::UNPACKS && tiles > 1 {
+            block_steps * PANEL * F::Unpacked::COLUMN_BYTES
+        } else {
+            0
+        };
         Plan {
+            unpacked_len,
             isa,
             rows,
             n,
@@ -221,7 +207,6 @@ impl Plan {
             block_steps,
             a_per_step: F::A_PER_STEP,
             step_bytes,
-            unpacked_bytes: PANEL * F::UNPACKED_BYTES,
             panel_bytes: steps * step_bytes + F::TAIL_BYTES,
             tile_rows,
             tiles,
@@ -238,15 +223,6 @@ impl Plan {
             (0..count).for_each(work);
         } else {
             (0..count).into_par_iter().with_max_len(1).for_each(work);
-        }
-    }
-
-    /// Bytes of a panel's block of k that is unpacked.
-    fn unpacked_len(&self) -> usize {
-        if self.tiles > 1 {
-            self.block_steps * self.unpacked_bytes
-        } else {
-            0
         }
     }
 
@@ -312,6 +288,8 @@ struct Pack<'a, F> {
     plan: &'a Plan,
     x: &'a [f32],
     tile: usize,
+    /// Room for the tile's rows after their rotation, if there is one.
+    rotated: &'a mut [f32],
     packed: Shared<u32>,
     heads: Shared<Head>,
     format: PhantomData<F>,
@@ -322,7 +300,15 @@ impl<F: Format> Kernel for Pack<'_, F> {
     fn run<S: Simd>(self, s: S) {
         let plan = self.plan;
         let (rows, block) = (plan.tile(self.tile), plan.block_of(self.tile));
-        let x = |row: usize| &self.x[row * plan.k..(row + 1) * plan.k];
+        let mut values = &self.x[rows.start * plan.k..rows.end * plan.k];
+        if F::ROTATES {
+            self.rotated.copy_from_slice(values);
+            for row in self.rotated.chunks_exact_mut(plan.k.max(1)) {
+                rotate_row(s, row);
+            }
+            values = self.rotated;
+        }
+        let x = |row: usize| &values[(row - rows.start) * plan.k..][..plan.k];
         let mut quantised = [(Step::default(), 0i32); MOST_ROWS];
         if F::HEADS {
             for (row, (step, _)) in rows.clone().zip(&mut quantised) {
@@ -383,6 +369,7 @@ struct Task<'a, F> {
     product: &'a Product<'a>,
     task: usize,
     sums: &'a mut [f32],
+    /// Room for a panel's block of k, unpacked.
     unpacked: &'a mut [u8],
     format: PhantomData<F>,
 }
@@ -399,13 +386,15 @@ impl<F: Format> Kernel for Task<'_, F> {
         );
         let block = plan.rows_of(&tiles);
         let waits = plan.block_steps < plan.steps;
+        let unpacks = F::UNPACKS && tiles.len() > 1;
         for steps in plan.step_blocks() {
             for panel in group.clone() {
                 let w = panel * plan.panel_bytes + steps.start * plan.step_bytes;
-                let w = &product.panels[w..w + steps.len() * plan.step_bytes];
-                let unpacks = F::UNPACKED_BYTES > 0 && tiles.len() > 1;
+                let mut w = &product.panels[w..w + steps.len() * plan.step_bytes];
                 if unpacks {
-                    unpack::<S, F>(s, w, self.unpacked);
+                    let len = steps.len() * PANEL * F::Unpacked::COLUMN_BYTES;
+                    F::unpack(s, w, &mut self.unpacked[..len]);
+                    w = &self.unpacked[..len];
                 }
                 for tile in tiles.clone() {
                     let rows = plan.tile(tile);
@@ -421,9 +410,7 @@ impl<F: Format> Kernel for Task<'_, F> {
                         result: (steps.end == plan.steps).then(|| product.place(rows.start, panel)),
                     };
                     if unpacks {
-                        let w = &self.unpacked[..steps.len() * PANEL * F::UNPACKED_BYTES];
-                        let tile = Tile { w, ..tile };
-                        F::unpacked_tile(plan.isa, &tile, sums, steps.start > 0);
+                        any_tile::<F::Unpacked>(plan.isa, &tile, sums, steps.start > 0);
                     } else {
                         any_tile::<F>(plan.isa, &tile, sums, steps.start > 0);
                     }
@@ -433,17 +420,6 @@ impl<F: Format> Kernel for Task<'_, F> {
                 }
             }
         }
-    }
-}
-
-/// Unpacks steps of a panel.
-#[inline(always)]
-fn unpack<S: Simd, F: Format>(s: S, w: &[u8], out: &mut [u8]) {
-    let steps = w.chunks_exact(PANEL * F::COLUMN_BYTES);
-    let out = &mut out[..steps.len() * PANEL * F::UNPACKED_BYTES];
-    for (w, out) in steps.zip(out.chunks_exact_mut(PANEL * F::UNPACKED_BYTES)) {
-        // SAFETY: a step of the panel, and room for one; this is inside F::launch.
-        unsafe { F::unpack(s, w.as_ptr(), out.as_mut_ptr()) };
     }
 }
 
@@ -547,7 +523,7 @@ unsafe fn load<S: Simd, const WHOLE: bool>(s: S, p: *const f32, live: usize) -> 
 }
 
 /// One tile of rows times one panel, over one block of k.
-pub(crate) struct Tile<'a> {
+struct Tile<'a> {
     a: &'a [u32],
     w: &'a [u8],
     steps: usize,
@@ -583,7 +559,7 @@ const AHEAD: usize = 3;
 const FETCH: usize = 512;
 
 /// The tile's sums, new or continued, to `sums` (`[rows, PANEL]`).
-pub(crate) fn any_tile<F: Format>(isa: Isa, t: &Tile<'_>, sums: &mut [f32], more: bool) {
+fn any_tile<F: Format>(isa: Isa, t: &Tile<'_>, sums: &mut [f32], more: bool) {
     macro_rules! rows {
         ($($rows:literal)*) => {
             match sums.len() / PANEL {
@@ -650,9 +626,7 @@ fn tile<S: Simd, F: Format, const ROWS: usize, const V: usize>(
                 unsafe {
                     let a = t.a.as_ptr().add(step * ROWS * F::A_PER_STEP);
                     let w = t.w.as_ptr().add(step * step_bytes);
-                    if ROWS > 1 {
-                        F::fetch::<S, V>(w.wrapping_add(PREFETCH), first);
-                    }
+                    F::fetch::<S, V>(w.wrapping_add(PREFETCH), first);
                     F::step(s, &mut acc, a, w, first);
                 }
                 step += 1;
@@ -686,8 +660,7 @@ pub(crate) fn spin(isa: Isa, dtype: WeightDtype, times: usize) -> Spun {
         WeightDtype::Q8 => spin_format::<Q8<Widened>>(isa, times),
         WeightDtype::Q4 if isa >= Isa::Avx512Vnni => spin_format::<Q4<Vnni>>(isa, times),
         WeightDtype::Q4 => spin_format::<Q4<Widened>>(isa, times),
-        WeightDtype::Bnb4(of) if of.compute == Compute::Bf16 => spin(isa, WeightDtype::Bf16, times),
-        WeightDtype::Bnb4(_) => spin(isa, WeightDtype::F32, times),
+        WeightDtype::Bnb4(of) => spin(isa, of.multiplied(), times),
         WeightDtype::Int8(_) => spin(isa, WeightDtype::Q8, times),
     }
 }

@@ -123,7 +123,8 @@ impl Bench {
             return weight;
         }
         println!(
-            "pack {dtype:?} {n}x{k}: reads {:.1} GB/s ({:.1} alone)",
+            "pack {} {n}x{k}: reads {:.1} GB/s ({:.1} alone)",
+            kind(dtype),
             gigabytes / start.elapsed().as_secs_f64(),
             gigabytes / cpu
         );
@@ -141,6 +142,9 @@ impl Bench {
             (4096, 1024),
             (1024, 4096),
         ];
+        if self.wants(&format!("pack {}", kind(dtype))) {
+            self.weight(4096, 4096, (dtype, COPIES - 1))?;
+        }
         for (n, k) in shapes {
             let name = |rows: usize| format!("linear {} {rows}x{k}x{n}", kind(dtype));
             let sizes = [1, 2, 4, 8, 16, 32, 577, 1192, 4616];

@@ -243,10 +243,7 @@ impl<M: Multiplier, T: Values> Format for Bnb4<M, T> {
                 let at = w.wrapping_add(4 * (word * PANEL + first + v * S::LANES));
                 fetch_line(at.wrapping_add(FAR));
                 // SAFETY: the caller's contract: the codes of the group's columns.
-                unsafe {
-                    let words = s.load_i(at);
-                    *values = M::look::<S, T>(s, words);
-                }
+                *values = unsafe { M::look::<S, T>(s, s.load_i(at)) };
             }
             for part in 0..per_word {
                 for (row, sums) in sums.iter_mut().enumerate() {
@@ -260,11 +257,12 @@ impl<M: Multiplier, T: Values> Format for Bnb4<M, T> {
                 }
             }
         }
+        let absmax = w.wrapping_add(CODES + 4 * first);
         for v in 0..V {
-            fetch_line(w.wrapping_add(FAR + CODES + 4 * (first + v * S::LANES)));
+            fetch_line(absmax.wrapping_add(FAR + 4 * v * S::LANES));
         }
         // SAFETY: the caller's contract: the absmax of the group's columns.
-        unsafe { add_groups(s, acc, sums, w.add(CODES + 4 * first)) };
+        unsafe { add_groups(s, acc, sums, absmax) };
     }
 
     #[inline(always)]

@@ -236,12 +236,15 @@ impl Formats {
         }
     }
 
-    /// How the vision tower's attention may multiply: as its weights are.
+    /// How the vision tower's attention may multiply: as its weights are; bitsandbytes' formats leave
+    /// attention in the model's type.
     pub fn vision_attention(&self) -> Precision {
-        match (self.quantization, self.dtype) {
+        match (&self.quantization, self.dtype) {
             (Some(Quantization::Q8 | Quantization::Q4), _) => Precision::Int8,
-            (None, Dtype::F32) => Precision::F32,
-            (None, Dtype::Bf16 | Dtype::F16) => Precision::Bf16,
+            (None | Some(Quantization::BitsAndBytes(_)), Dtype::F32) => Precision::F32,
+            (None | Some(Quantization::BitsAndBytes(_)), Dtype::Bf16 | Dtype::F16) => {
+                Precision::Bf16
+            }
         }
     }
 

@@ -355,7 +355,7 @@ impl<'a> Loader<'a> {
 
     /// The formats of the weights.
     pub fn formats(&self) -> &Formats {
-        &self.formats
+        self.formats
     }
 
     /// The matrices `names`, each `(name, rows)` with `k` columns, packed one under the other.

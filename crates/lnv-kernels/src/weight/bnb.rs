@@ -16,6 +16,7 @@
 use std::sync::OnceLock;
 
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 /// A table of 16 values that 4-bit codes stand for.
@@ -121,33 +122,39 @@ pub fn quantize_4bit(values: &[f32], block: usize, code: Code4) -> (Vec<u8>, Vec
             let whole = values.len() == block;
             *absmax = if whole { largest } else { floor };
             let inverse = 1.0 / floor;
-            let nibble = |value: f32| {
-                let scaled = if whole {
-                    value * inverse
-                } else {
-                    value / floor
-                };
-                code.ranked(rank(&bounds, scaled))
-            };
-            for (byte, pair) in codes.iter_mut().zip(values.chunks(2)) {
-                let second = pair
-                    .get(1)
-                    .map_or_else(|| code.ranked(rank(&bounds, 0.0)), |v| nibble(*v));
-                *byte = nibble(pair[0]) << 4 | second;
+            for (codes, values) in codes.chunks_mut(CHUNK / 2).zip(values.chunks(CHUNK)) {
+                let mut scaled = [0.0; CHUNK];
+                for (scaled, value) in scaled.iter_mut().zip(values) {
+                    *scaled = if whole {
+                        value * inverse
+                    } else {
+                        value / floor
+                    };
+                }
+                let ranks = ranks(&bounds, &scaled);
+                for (byte, pair) in codes.iter_mut().zip(ranks.chunks_exact(2)) {
+                    let nibble = |rank: u32| code.ranked(rank as usize);
+                    *byte = nibble(pair[0]) << 4 | nibble(pair[1]);
+                }
             }
         });
     (codes, absmax)
 }
 
-/// The rank of the nearest value of a table with these midpoints; the highest for NaN.
-fn rank(bounds: &[f32; 15], value: f32) -> usize {
-    // Beyond the last midpoints nothing changes, so values need no clamp to -1..=1.
-    let above = |bound: &&f32| value > **bound;
-    if value.is_nan() {
-        15
-    } else {
-        bounds.iter().filter(above).count()
+/// Values whose ranks are found at a time, without branches, so that compilers use registers.
+const CHUNK: usize = 64;
+
+/// The ranks of the nearest values of a table with these midpoints; the highest for NaN. (Values need
+/// no clamp to -1 to 1: beyond the last midpoints nothing changes.)
+fn ranks(bounds: &[f32; 15], values: &[f32; CHUNK]) -> [u32; CHUNK] {
+    let mut ranks = [0; CHUNK];
+    let values = values.map(|v| if v.is_nan() { f32::INFINITY } else { v });
+    for bound in bounds {
+        for (rank, value) in ranks.iter_mut().zip(&values) {
+            *rank += u32::from(value > bound);
+        }
     }
+    ranks
 }
 
 /// The largest magnitude, NaN above all.
@@ -321,17 +328,22 @@ pub fn quantize_int8(values: &[f32], k: usize) -> (Vec<u8>, Vec<f32>) {
 
 /// One row of [`quantize_int8`]; returns the largest magnitude.
 pub(crate) fn quantize_int8_row(values: &[f32], codes: &mut [u8]) -> f32 {
-    let round = |value: &f32| f16::from_f32(*value).to_f32();
-    let largest = values
-        .iter()
-        .map(|value| round(value).to_bits() & 0x7fff_ffff)
-        .max();
-    let largest = f32::from_bits(largest.unwrap_or(0));
+    let mut halves = vec![f16::ZERO; values.len()];
+    halves.convert_from_f32_slice(values);
+    // As integers, magnitudes of f16 are ordered too, NaN above all.
+    let largest = halves.iter().map(|half| half.to_bits() & 0x7fff).max();
+    let largest = f16::from_bits(largest.unwrap_or(0)).to_f32();
     // As PyTorch divides a number by a tensor.
     let codes_per_value = (1.0 / largest) * 127.0;
-    for (code, value) in codes.iter_mut().zip(values) {
-        // A cast of NaN gives 0.
-        *code = (round(value) * codes_per_value).round_ties_even() as i8 as u8;
+    let mut chunk = [0.0; CHUNK];
+    for (codes, halves) in codes.chunks_mut(CHUNK).zip(halves.chunks(CHUNK)) {
+        let values = &mut chunk[..halves.len()];
+        halves.convert_to_f32_slice(values);
+        for (code, value) in codes.iter_mut().zip(values) {
+            // The sum's last bit stands for 1, so its lowest byte is the code, rounded to the
+            // nearest, ties to even. That of a NaN that arises here, or was an f16, is 0.
+            *code = (*value * codes_per_value + 12_582_912.0).to_bits() as u8;
+        }
     }
     largest
 }

@@ -8,9 +8,9 @@
 use std::time::Instant;
 
 use lnv_kernels::{
-    Activation, AttentionShape, Device, Epilogue, Heads, Isa, KV_BLOCK, KernelError, KvCache,
-    KvDtype, Ops, PackedBytes, Precision, Slot, Span, Vector, Weight, WeightData, WeightDtype,
-    WeightPart, packed_len, probe,
+    Activation, AttentionShape, Bnb4, Code4, Compute, Device, Epilogue, Heads, Int8, Isa, KV_BLOCK,
+    KernelError, KvCache, KvDtype, Ops, PackedBytes, Precision, Slot, Span, Vector, Weight,
+    WeightData, WeightDtype, WeightPart, packed_len, probe,
 };
 
 /// Weights of one shape.
@@ -45,7 +45,16 @@ fn main() -> Result<(), KernelError> {
         bench.products(dtype)?;
     }
     for dtype in [WeightDtype::Q8, WeightDtype::Q4] {
-        bench.quantised(dtype)?;
+        bench.quantised(dtype, WeightDtype::Q8)?;
+    }
+    bench.quantised(WeightDtype::Int8(Int8::new(6.0)), WeightDtype::Q8)?;
+    for code in [Code4::Nf4, Code4::Fp4] {
+        for (compute, peak) in [
+            (Compute::Bf16, WeightDtype::Bf16),
+            (Compute::F32, WeightDtype::F32),
+        ] {
+            bench.quantised(WeightDtype::Bnb4(Bnb4 { code, compute }), peak)?;
+        }
     }
     bench.attention();
     bench.rows();
@@ -114,15 +123,16 @@ impl Bench {
             return weight;
         }
         println!(
-            "pack {dtype:?} {n}x{k}: reads {:.1} GB/s ({:.1} alone)",
+            "pack {} {n}x{k}: reads {:.1} GB/s ({:.1} alone)",
+            kind(dtype),
             gigabytes / start.elapsed().as_secs_f64(),
             gigabytes / cpu
         );
         weight
     }
 
-    /// Quantised weights: shares of the byte dot product's peak, and of the bandwidth.
-    fn quantised(&self, dtype: WeightDtype) -> Result<(), KernelError> {
+    /// Quantised weights: shares of the peak of the type that is multiplied, and of the bandwidth.
+    fn quantised(&self, dtype: WeightDtype, multiplied: WeightDtype) -> Result<(), KernelError> {
         let shapes = [
             (4096, 4096),
             (22016, 4096),
@@ -132,8 +142,11 @@ impl Bench {
             (4096, 1024),
             (1024, 4096),
         ];
+        if self.wants(&format!("pack {}", kind(dtype))) {
+            self.weight(4096, 4096, (dtype, COPIES - 1))?;
+        }
         for (n, k) in shapes {
-            let name = |rows: usize| format!("linear {dtype:?} {rows}x{k}x{n}");
+            let name = |rows: usize| format!("linear {} {rows}x{k}x{n}", kind(dtype));
             let sizes = [1, 2, 4, 8, 16, 32, 577, 1192, 4616];
             let wanted: Vec<usize> = sizes
                 .into_iter()
@@ -142,7 +155,7 @@ impl Bench {
             if wanted.is_empty() {
                 continue;
             }
-            let peak = probe::peak_gflops(self.ops.isa(), WeightDtype::Q8);
+            let peak = probe::peak_gflops(self.ops.isa(), multiplied);
             let len = packed_len(n, k, dtype);
             // Real ones: scales that are next to nothing would slow some processors down.
             let first = self.weight(n, k, (dtype, 0))?;
@@ -346,6 +359,15 @@ impl Bench {
 
     fn wants(&self, name: &str) -> bool {
         name.contains(&self.filter)
+    }
+}
+
+/// A type's name, short.
+fn kind(dtype: WeightDtype) -> String {
+    match dtype {
+        WeightDtype::Bnb4(of) => format!("{:?} {:?}", of.code, of.compute),
+        WeightDtype::Int8(_) => "Int8".to_string(),
+        dtype => format!("{dtype:?}"),
     }
 }
 

@@ -9,6 +9,7 @@
 
 pub(crate) mod activation;
 pub(crate) mod attention;
+mod bnb;
 mod byte_attention;
 mod dot;
 mod dot_attention;
@@ -17,6 +18,7 @@ pub(crate) mod formats;
 pub(crate) mod gemm;
 pub(crate) mod int;
 pub(crate) mod limits;
+mod lookup;
 pub(crate) mod norm;
 pub(crate) mod pack;
 pub(crate) mod quantise;

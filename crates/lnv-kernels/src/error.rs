@@ -44,6 +44,16 @@ pub enum KernelError {
         /// The most that there may be.
         limit: usize,
     },
+    /// A row of a weight does not divide into the groups of its type.
+    #[error(
+        "a weight of rows of {k} values cannot be 4-bit (no multiple of {group}); choose another type"
+    )]
+    WeightGroups {
+        /// Values in a row.
+        k: usize,
+        /// Values in a group.
+        group: usize,
+    },
     /// The bytes of a packed weight are not as many as its shape takes.
     #[error(
         "a packed weight of {n} rows of {k} values takes {expected} bytes, but there are {found}; \

@@ -39,4 +39,8 @@ pub use kv_cache::{Heads, KV_BLOCK, KvCache, KvDtype, Slot};
 pub use ops::{
     Activation, AttentionShape, Epilogue, Ops, PatchGeometry, PoolMode, Precision, Span,
 };
-pub use weight::{PackedBytes, Weight, WeightData, WeightDtype, WeightPart, packed_len};
+pub use weight::bnb;
+pub use weight::bnb::Code4;
+pub use weight::{
+    Bnb4, Compute, Int8, PackedBytes, Weight, WeightData, WeightDtype, WeightPart, packed_len,
+};

@@ -6,6 +6,7 @@
 //! without FMA). Only attention differs in kind from its fast twins: whole softmax rows here,
 //! blocks there. Shapes were checked by [`crate::Ops`].
 
+mod bnb;
 pub(crate) mod bytes;
 mod quantised;
 
@@ -80,6 +81,8 @@ fn panel_product(x: &[f32], w: &Weight, panel: usize) -> [f32; PANEL] {
         }
         WeightDtype::Q8 => return quantised::q8_product(x, values),
         WeightDtype::Q4 => return quantised::q4_product(x, values),
+        WeightDtype::Bnb4(of) => return bnb::bnb4_product(x, values, of),
+        WeightDtype::Int8(of) => return bnb::int8_product(x, values, of),
     }
     sums
 }

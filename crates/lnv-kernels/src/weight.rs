@@ -6,11 +6,14 @@
 //! everything that their columns need (scales too), so a weight is one stream of bytes: it can be
 //! written to a file as it is and mapped back ([`Weight::packed_bytes`], [`Weight::from_packed`]).
 //! The last panel is padded with zero columns. The order inside a panel is each format's own affair:
-//! `float.rs`, `q8.rs`, `q4.rs`.
+//! `float.rs`, `q8.rs`, `q4.rs`, `bnb4.rs`, `int8.rs`.
 //!
 //! Refused: keeping a second, row-major copy. A row (an embedding) is gathered out of its panel.
 
+pub mod bnb;
+pub(crate) mod bnb4;
 mod float;
+pub(crate) mod int8;
 mod packed;
 pub(crate) mod q4;
 pub(crate) mod q8;
@@ -20,6 +23,8 @@ use std::cell::Cell;
 
 use rayon::prelude::*;
 
+pub use bnb4::{Bnb4, Compute};
+pub use int8::Int8;
 pub use packed::PackedBytes;
 
 use crate::KernelError;
@@ -44,9 +49,15 @@ pub enum WeightDtype {
     /// 16 levels with an f16 scale for every 64 values of k of an output; activations are rounded to
     /// 8-bit integers in groups of 64.
     Q4,
+    /// 4-bit codes of bitsandbytes (NF4, FP4) with an f32 absmax for every 64 values of k of an
+    /// output. k a multiple of 64.
+    Bnb4(Bnb4),
+    /// LLM.int8() of bitsandbytes: 8-bit codes with one f32 scale for each output, and activations
+    /// rounded to 8-bit integers but for large ones. k at most 131072.
+    Int8(Int8),
 }
 
-/// Little-endian values as they lie in a checkpoint, at any alignment.
+/// Little-endian values as they lie in a checkpoint, floats and codes at any alignment.
 #[derive(Debug, Clone, Copy)]
 pub enum WeightData<'a> {
     /// 32-bit floats.
@@ -55,38 +66,89 @@ pub enum WeightData<'a> {
     Bf16(&'a [u8]),
     /// IEEE half precision.
     F16(&'a [u8]),
+    /// 4-bit codes of bitsandbytes, for a weight of the same type.
+    Bnb4 {
+        /// Two codes in a byte, the first in the high half.
+        codes: &'a [u8],
+        /// The absmax of each 64 values.
+        absmax: &'a [f32],
+    },
+    /// LLM.int8() codes, for a weight of the same type.
+    Int8 {
+        /// Signed bytes.
+        codes: &'a [u8],
+        /// The largest magnitude of each row.
+        scb: &'a [f32],
+    },
 }
 
 impl<'a> WeightData<'a> {
     pub(crate) fn bytes(&self) -> &'a [u8] {
         match self {
             WeightData::F32(bytes) | WeightData::Bf16(bytes) | WeightData::F16(bytes) => bytes,
+            WeightData::Bnb4 { codes, .. } | WeightData::Int8 { codes, .. } => codes,
         }
     }
 
-    pub(crate) fn dtype(&self) -> WeightDtype {
+    /// The type of floats; `None` for codes.
+    pub(crate) fn dtype(&self) -> Option<WeightDtype> {
         match self {
-            WeightData::F32(_) => WeightDtype::F32,
-            WeightData::Bf16(_) => WeightDtype::Bf16,
-            WeightData::F16(_) => WeightDtype::F16,
+            WeightData::F32(_) => Some(WeightDtype::F32),
+            WeightData::Bf16(_) => Some(WeightDtype::Bf16),
+            WeightData::F16(_) => Some(WeightDtype::F16),
+            WeightData::Bnb4 { .. } | WeightData::Int8 { .. } => None,
         }
     }
 
+    /// Bytes of a float.
     pub(crate) fn value_size(&self) -> usize {
         match self {
             WeightData::F32(_) => 4,
             WeightData::Bf16(_) | WeightData::F16(_) => 2,
+            WeightData::Bnb4 { .. } | WeightData::Int8 { .. } => self.not_floats(),
+        }
+    }
+
+    /// Bytes of so many values, without scales.
+    fn bytes_of(&self, values: usize) -> usize {
+        match self {
+            WeightData::Bnb4 { .. } => values / 2,
+            WeightData::Int8 { .. } => values,
+            floats => values * floats.value_size(),
+        }
+    }
+
+    /// Scales that so many rows need, and that there are.
+    fn scales(&self, rows: usize, k: usize) -> (usize, usize) {
+        match self {
+            WeightData::Bnb4 { absmax, .. } => (rows * (k / bnb4::GROUP), absmax.len()),
+            WeightData::Int8 { scb, .. } => (rows, scb.len()),
+            _ => (0, 0),
         }
     }
 
     pub(crate) fn row(&self, row: usize, k: usize) -> WeightData<'a> {
-        let size = self.value_size() * k;
-        let range = row * size..(row + 1) * size;
+        let range = self.bytes_of(row * k)..self.bytes_of((row + 1) * k);
+        let groups = k / bnb4::GROUP;
         match self {
             WeightData::F32(bytes) => WeightData::F32(&bytes[range]),
             WeightData::Bf16(bytes) => WeightData::Bf16(&bytes[range]),
             WeightData::F16(bytes) => WeightData::F16(&bytes[range]),
+            WeightData::Bnb4 { codes, absmax } => WeightData::Bnb4 {
+                codes: &codes[range],
+                absmax: &absmax[row * groups..(row + 1) * groups],
+            },
+            WeightData::Int8 { codes, scb } => WeightData::Int8 {
+                codes: &codes[range],
+                scb: &scb[row..=row],
+            },
         }
+    }
+
+    /// # Panics
+    /// Always: codes were asked for floats.
+    pub(crate) fn not_floats(&self) -> ! {
+        unreachable!("codes of a weight of another type. This is a bug.")
     }
 }
 
@@ -97,6 +159,19 @@ pub struct WeightPart<'a> {
     pub data: WeightData<'a>,
     /// Number of rows.
     pub n: usize,
+}
+
+impl WeightPart<'_> {
+    /// # Panics
+    /// The part holds codes of another type than the weight's: a bug of the caller.
+    fn check_type(&self, dtype: WeightDtype) {
+        let fits = match self.data {
+            WeightData::Bnb4 { .. } => matches!(dtype, WeightDtype::Bnb4(_)),
+            WeightData::Int8 { .. } => matches!(dtype, WeightDtype::Int8(_)),
+            _ => true,
+        };
+        assert!(fits, "codes of another type than {dtype:?}. This is a bug.");
+    }
 }
 
 /// A weight matrix `[n, k]` (n outputs, k inputs), packed by [`crate::Ops::pack`]. Cheap to clone:
@@ -180,6 +255,8 @@ impl Weight {
                 rotate::rotate(out);
             }
             WeightDtype::Q4 => q4::read_column(panel, column, out),
+            WeightDtype::Bnb4(of) => bnb4::read_column(of, panel, column, out),
+            WeightDtype::Int8(_) => int8::read_column(panel, column, out),
             dtype => float::read_column(dtype, panel, column, out),
         }
     }
@@ -192,9 +269,11 @@ impl Weight {
     ) -> Result<Weight, KernelError> {
         check_depth(k, dtype)?;
         for part in parts {
-            let expected = part.n * k * part.data.value_size();
-            let found = part.data.bytes().len();
-            if found != expected {
+            part.check_type(dtype);
+            let (scales, found_scales) = part.data.scales(part.n, k);
+            let expected = part.data.bytes_of(part.n * k) + 4 * scales;
+            let found = part.data.bytes().len() + 4 * found_scales;
+            if found != expected || scales != found_scales {
                 return Err(KernelError::WeightSize {
                     rows: part.n,
                     k,
@@ -217,6 +296,8 @@ impl Weight {
                     rotated(&columns, k, |columns| q8::pack_panel(columns, k, panel))
                 }
                 WeightDtype::Q4 => q4::pack_panel(&columns, k, panel),
+                WeightDtype::Bnb4(of) => bnb4::pack_panel(of, &columns, k, panel),
+                WeightDtype::Int8(_) => int8::pack_panel(&columns, k, panel),
                 dtype => float::pack_panel(dtype, &columns, k, panel),
             }
         });
@@ -236,7 +317,13 @@ pub fn packed_len(n: usize, k: usize, dtype: WeightDtype) -> usize {
 }
 
 fn check_depth(k: usize, dtype: WeightDtype) -> Result<(), KernelError> {
-    if dtype == WeightDtype::Q8 && k > q8::MAX_K {
+    if matches!(dtype, WeightDtype::Bnb4(_)) && !k.is_multiple_of(bnb4::GROUP) {
+        return Err(KernelError::WeightGroups {
+            k,
+            group: bnb4::GROUP,
+        });
+    }
+    if matches!(dtype, WeightDtype::Q8 | WeightDtype::Int8(_)) && k > q8::MAX_K {
         return Err(KernelError::WeightDepth {
             k,
             limit: q8::MAX_K,
@@ -251,8 +338,9 @@ fn panel_len(k: usize, dtype: WeightDtype) -> usize {
         WeightDtype::F32 => k.saturating_mul(4),
         WeightDtype::F16 => k.saturating_mul(2),
         WeightDtype::Bf16 => k.saturating_add(k % 2).saturating_mul(2),
-        WeightDtype::Q8 => return q8::panel_len(k),
+        WeightDtype::Q8 | WeightDtype::Int8(_) => return q8::panel_len(k),
         WeightDtype::Q4 => return q4::panel_len(k),
+        WeightDtype::Bnb4(_) => return bnb4::panel_len(k),
     };
     column.saturating_mul(PANEL)
 }

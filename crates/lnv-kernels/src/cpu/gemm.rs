@@ -19,6 +19,7 @@ use rayon::prelude::*;
 
 use crate::buffer::{Aligned, Buffer, Vector};
 use crate::cpu::activation::activation;
+use crate::cpu::bnb::{self, Outliers, add_outliers};
 use crate::cpu::formats::{DotBf16, Format, Head, WideBf16, WideF16, WideF32};
 use crate::cpu::int::{Vnni, Widened};
 use crate::cpu::quantised::{Q4, Q8};
@@ -71,10 +72,11 @@ pub(crate) fn linear(
         WeightDtype::Q8 => product::<Q8<Widened>>(isa, x, w, finish, out),
         WeightDtype::Q4 if isa >= Isa::Avx512Vnni => product::<Q4<Vnni>>(isa, x, w, finish, out),
         WeightDtype::Q4 => product::<Q4<Widened>>(isa, x, w, finish, out),
+        WeightDtype::Bnb4(_) | WeightDtype::Int8(_) => bnb::linear(isa, x, w, finish, out),
     }
 }
 
-fn product<F: Format>(
+pub(crate) fn product<F: Format>(
     isa: Isa,
     x: &Buffer,
     w: &Weight,
@@ -86,13 +88,16 @@ fn product<F: Format>(
     }
     let plan = &Plan::new::<F>(isa, x.rows(), w.n(), w.k());
     let heads = if F::HEADS { plan.rows } else { 0 };
+    let (outliers, kept) = Outliers::take(x.host(), w);
+    let x = kept.as_deref().unwrap_or(x.host());
     with(&PACKED, plan.packed_len(), |packed| {
         with(&HEADS, heads, |heads| {
-            pack::<F>(isa, plan, x.host(), packed, heads);
+            pack::<F>(isa, plan, x, packed, heads);
             let product = Product {
                 plan,
                 packed,
                 heads,
+                outliers: &outliers,
                 panels: w.packed_bytes(),
                 bias: bias.map(Vector::as_slice),
                 then,
@@ -352,6 +357,7 @@ struct Product<'a> {
     plan: &'a Plan,
     packed: &'a [u32],
     heads: &'a [Head],
+    outliers: &'a Outliers,
     panels: &'a [u8],
     bias: Option<&'a [f32]>,
     then: Epilogue,
@@ -435,10 +441,12 @@ impl Product<'_> {
         let columns = PANEL.min(self.plan.n - panel * PANEL);
         let tail = (panel + 1) * self.plan.panel_bytes - F::TAIL_BYTES;
         let tail = &self.panels[tail..tail + F::TAIL_BYTES];
+        let whole = &self.panels[panel * self.plan.panel_bytes..][..self.plan.panel_bytes];
         let place = self.place(rows.start, panel);
         for (index, sums) in sums.chunks_exact(PANEL).enumerate() {
             place.fetch::<_MM_HINT_T0>(index + AHEAD..index + AHEAD + 1, 0..PANEL);
             let row = rows.start + index;
+            let outliers = self.outliers.of(row);
             let head = if F::HEADS {
                 self.heads[row]
             } else {
@@ -450,7 +458,10 @@ impl Product<'_> {
                 // columns that are left of the row, which this task alone writes.
                 unsafe {
                     let tail = tail.as_ptr().add(lane * (F::TAIL_BYTES / PANEL));
-                    let value = F::finish(s, s.load(sums.as_ptr().add(lane)), tail, &head);
+                    let mut value = F::finish(s, s.load(sums.as_ptr().add(lane)), tail, &head);
+                    if !outliers.is_empty() {
+                        value = add_outliers(s, value, outliers, whole, lane);
+                    }
                     if lane + S::LANES <= columns {
                         self.store::<S, true>(s, value, at, S::LANES);
                     } else {
@@ -649,6 +660,8 @@ pub(crate) fn spin(isa: Isa, dtype: WeightDtype, times: usize) -> Spun {
         WeightDtype::Q8 => spin_format::<Q8<Widened>>(isa, times),
         WeightDtype::Q4 if isa >= Isa::Avx512Vnni => spin_format::<Q4<Vnni>>(isa, times),
         WeightDtype::Q4 => spin_format::<Q4<Widened>>(isa, times),
+        WeightDtype::Bnb4(of) => spin(isa, of.multiplied(), times),
+        WeightDtype::Int8(_) => spin(isa, WeightDtype::Q8, times),
     }
 }
 

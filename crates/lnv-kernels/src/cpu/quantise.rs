@@ -121,6 +121,7 @@ fn widen<S: Simd>(s: S, data: &WeightData<'_>, range: Range<usize>, line: &mut [
                 *value = f16::from_le_bytes([bits[0], bits[1]]).to_f32();
             }
         }
+        WeightData::Bnb4 { .. } | WeightData::Int8 { .. } => data.not_floats(),
     }
 }
 

@@ -10,6 +10,7 @@
 use std::arch::x86_64::*;
 
 use crate::cpu::int::Ints;
+use crate::cpu::lookup::Lookup;
 use crate::isa::Isa;
 
 /// Calls intrinsics of the token's instruction set.
@@ -76,7 +77,7 @@ pub(crate) fn launch_vnni<K: Kernel>(kernel: K) {
 }
 
 /// A register of `LANES` f32. Every method is one or a few instructions.
-pub(crate) trait Simd: Ints + Copy + Send + Sync + 'static {
+pub(crate) trait Simd: Ints + Lookup + Copy + Send + Sync + 'static {
     /// The register.
     type F: Copy;
     /// Values in a register.

@@ -56,10 +56,10 @@ pub(super) fn read_column(dtype: WeightDtype, panel: &[u8], column: usize, out: 
 fn pack_fast(columns: &Columns<'_>, dtype: WeightDtype, panel: &mut [u8]) -> usize {
     use crate::cpu::pack::{pack_units, pack_widened};
 
-    let from = columns[0].map(|data| data.dtype());
+    let from = columns[0].and_then(|data| data.dtype());
     if columns
         .iter()
-        .any(|data| data.map(|data| data.dtype()) != from)
+        .any(|data| data.and_then(|data| data.dtype()) != from)
     {
         return 0;
     }
@@ -154,6 +154,7 @@ fn widen(data: &WeightData<'_>, range: &Range<usize>, line: &mut [f32; K_BLOCK])
         }
         WeightData::Bf16(_) => values.for_each(|(o, b)| *o = bf16::from_bits(half(b)).to_f32()),
         WeightData::F16(_) => values.for_each(|(o, b)| *o = f16::from_bits(half(b)).to_f32()),
+        WeightData::Bnb4 { .. } | WeightData::Int8 { .. } => data.not_floats(),
     }
 }
 

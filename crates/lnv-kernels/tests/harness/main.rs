@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod attention;
+mod bnb;
 mod linear;
 mod quantised;
 mod rows;

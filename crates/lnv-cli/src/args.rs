@@ -347,9 +347,10 @@ pub struct BenchArgs {
     /// Also time steps of this many rows at once.
     #[arg(long, value_name = "N")]
     pub batch: Option<usize>,
-    /// Tokens that each of these rows has in its context [default: the clip's].
-    #[arg(long, value_name = "N")]
-    pub context: Option<usize>,
+    /// Also time steps of one row at each of these contexts, in tokens; `--batch` is at the first
+    /// [default: the clip's].
+    #[arg(long, value_name = "N,...", value_delimiter = ',')]
+    pub context: Vec<usize>,
     /// How to print the figures.
     #[arg(long, value_enum, default_value_t = Format::Text, hide_possible_values = true, value_name = "text|json")]
     pub format: Format,

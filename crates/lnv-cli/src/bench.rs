@@ -24,7 +24,8 @@ use llava_next_video::processor::conversation::{
 use llava_next_video::processor::inputs::{ModelInputs, Pixels, VideoInput};
 use llava_next_video::processor::resize::Arithmetic;
 use llava_next_video::processor::video_processor::LlavaNextVideoVideoProcessor;
-use lnv_kernels::{Ops, WeightDtype, probe};
+use lnv_kernels::probe::{self, Peak};
+use lnv_kernels::{Ops, WeightDtype};
 use serde_json::json;
 
 use crate::args::{BenchArgs, Format, Synthetic};
@@ -65,10 +66,8 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     if args.batch.is_some_and(|rows| !(1..=1024).contains(&rows)) {
         bail!("--batch must be from 1 to 1024");
     }
-    if args
-        .context
-        .is_some_and(|tokens| !(1..=1 << 20).contains(&tokens))
-    {
+    let contexts = &args.context;
+    if contexts.iter().any(|n| !(1..=1 << 20).contains(n)) {
         bail!("--context must be from 1 to {}", 1 << 20);
     }
     let media_s = args
@@ -85,7 +84,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     memory::reset_peak();
     let loaded = options.load_from(config, &checkpoint, args.frames)?;
     drop(checkpoint);
-    let measured = measure(loaded.model, formats, args)?;
+    let measured = measure(loaded.model, formats, (args, limits.bandwidth_gbs))?;
     let report = Report {
         load_s: opening + loaded.seconds,
         media_s,
@@ -183,7 +182,7 @@ fn synthetic_config(size: Synthetic, text_layers: Option<usize>) -> Result<Llava
 /// What the machine can do.
 struct Limits {
     peak_type: &'static str,
-    peak_gflops: f64,
+    peak: Peak,
     bandwidth_gbs: f64,
 }
 
@@ -199,7 +198,7 @@ impl Limits {
                 WeightDtype::F16 => "f16",
                 _ => "int8",
             },
-            peak_gflops: probe::peak_gflops(ops.isa(), dtype),
+            peak: probe::peak(ops.isa(), dtype),
             bandwidth_gbs: probe::read_bandwidth_gbs(),
         };
         spinner.finish_and_clear();
@@ -215,25 +214,31 @@ struct Measured {
     prefill: Stage,
     decode: Stage,
     prefill_tokens: usize,
-    rows: Option<Rows>,
+    rows: Vec<Rows>,
 }
 
-fn measure(model: LlavaNextVideoModel, formats: Formats, args: &BenchArgs) -> Result<Measured> {
+fn measure(
+    model: LlavaNextVideoModel,
+    formats: Formats,
+    (args, bandwidth_gbs): (&BenchArgs, f64),
+) -> Result<Measured> {
     let inputs = inputs(model.config(), args.frames);
     let tokens = inputs.input_ids[0].len();
     let decode_bytes = model.language_model().bytes().1 as f64 + kv_bytes(&model) * tokens as f64;
     let model = Arc::new(model);
     let seconds = Seconds::best(&model, &inputs, args.steps)?;
-    let rows = match (args.batch, args.context) {
-        (None, None) => None,
-        (rows, context) => {
-            let spinner = progress::spinner("decoding rows");
-            let (rows, context) = (rows.unwrap_or(1), context.unwrap_or(tokens));
-            let measured = Rows::measure(&model, (rows, context, args.steps));
-            spinner.finish_and_clear();
-            Some(measured?)
-        }
-    };
+    let mut rows = Vec::new();
+    if args.batch.is_some() || !args.context.is_empty() {
+        let spinner = progress::spinner("decoding rows");
+        let contexts = match args.context.as_slice() {
+            [] => &[tokens],
+            typed => typed,
+        };
+        let how = (args.batch.unwrap_or(1), contexts, args.steps);
+        let measured = Rows::measure_all(&model, how, bandwidth_gbs);
+        spinner.finish_and_clear();
+        rows = measured?;
+    }
     Ok(Measured {
         formats,
         resident_bytes: model.bytes(),

@@ -1,12 +1,21 @@
-//! How much memory this process takes, where the system tells (Linux).
+//! How much memory this process takes and could take, where the system tells (Linux).
 
 /// Most bytes of memory that the process had at once since it started or since [`reset_peak`]: its own
 /// and those of mapped files.
 pub fn peak() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line_of(&status, "VmHWM:")
+}
+
+/// Bytes of memory that a program can still have without pushing others out.
+pub fn available() -> Option<u64> {
+    let told = std::fs::read_to_string("/proc/meminfo").ok()?;
+    line_of(&told, "MemAvailable:")
+}
+
+/// The bytes on the line that begins with `name`.
+fn line_of(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib << 10)
 }

@@ -10,12 +10,14 @@
 pub(crate) mod activation;
 pub(crate) mod attention;
 mod bnb;
+mod byte_attention;
 mod dot;
 mod dot_attention;
 pub(crate) mod eager;
 pub(crate) mod formats;
 pub(crate) mod gemm;
 pub(crate) mod int;
+pub(crate) mod limits;
 mod lookup;
 pub(crate) mod norm;
 pub(crate) mod pack;
@@ -45,19 +47,4 @@ fn each_row(out: &mut [f32], cols: usize, work: impl Fn(usize, &mut [f32]) + Sen
             .enumerate()
             .for_each(|(index, row)| work(index, row));
     }
-}
-
-/// The sum of the values, fetched ahead of the additions as a product fetches a weight.
-pub(crate) fn sum_ahead(values: &[u64]) -> u64 {
-    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-
-    let mut sums = [0u64; 8];
-    for line in values.chunks_exact(8) {
-        // SAFETY: a prefetch of any address is harmless.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(1024).cast()) };
-        for (sum, value) in sums.iter_mut().zip(line) {
-            *sum = sum.wrapping_add(*value);
-        }
-    }
-    sums.iter().fold(0, |sum, value| sum.wrapping_add(*value))
 }

@@ -7,6 +7,7 @@
 //! blocks there. Shapes were checked by [`crate::Ops`].
 
 mod bnb;
+pub(crate) mod bytes;
 mod quantised;
 
 use half::{bf16, f16};

@@ -2,6 +2,7 @@
 
 use serde_json::json;
 
+use super::rows::{Beside, Rows};
 use super::{Limits, Measured, Stage};
 
 /// Everything that was measured.
@@ -40,25 +41,48 @@ impl Report {
             "decode_s": m.decode.seconds,
             "first_token_s": self.first_token_s(),
             "peak_type": l.peak_type,
-            "peak_gflops": l.peak_gflops,
+            "peak_gflops": l.peak.gflops,
+            "peak_instruction": l.peak.instruction,
             "bandwidth_gbs": l.bandwidth_gbs,
             "vision_gflops": m.vision.rate(),
             "prefill_gflops": m.prefill.rate(),
             "decode_gbs": m.decode.rate(),
-            "vision_share": m.vision.rate() / l.peak_gflops,
-            "prefill_share": m.prefill.rate() / l.peak_gflops,
+            "vision_share": m.vision.rate() / l.peak.gflops,
+            "prefill_share": m.prefill.rate() / l.peak.gflops,
             "decode_share": m.decode.rate() / l.bandwidth_gbs,
         });
         if let Some(media_s) = self.media_s {
             json["media_s"] = json!(media_s);
         }
-        if let Some(rows) = &m.rows {
+        if let Some(rows) = m.rows.last() {
             json["decode_batch"] = json!(rows.rows);
             json["decode_context"] = json!(rows.context);
             json["decode_batch_s"] = json!(rows.stage.seconds);
-            json["decode_batch_tokens_s"] = json!(rows.rows as f64 / rows.stage.seconds);
+            json["decode_batch_tokens_s"] = json!(rows.tokens_s());
             json["decode_batch_gbs"] = json!(rows.stage.rate());
             json["decode_batch_share"] = json!(rows.stage.rate() / l.bandwidth_gbs);
+            let all = m.rows.iter().map(|rows| self.rows_json(rows));
+            json["decode_rows"] = all.collect();
+        }
+        json
+    }
+
+    fn rows_json(&self, rows: &Rows) -> serde_json::Value {
+        let mut json = json!({
+            "rows": rows.rows,
+            "context": rows.context,
+            "seconds": rows.stage.seconds,
+            "tokens_s": rows.tokens_s(),
+            "gbs": rows.stage.rate(),
+            "share": rows.stage.rate() / self.limits.bandwidth_gbs,
+        });
+        match rows.beside {
+            None => {}
+            Some(Beside::OneRow(times)) => json["times_one_row"] = json!(times),
+            Some(Beside::Shorter(context, share)) => {
+                json["shorter_context"] = json!(context);
+                json["of_shorter_and_kv"] = json!(share);
+            }
         }
         json
     }
@@ -71,7 +95,7 @@ impl Report {
                 "{name:<8} {:>9.3} s   {:>7.1} GFLOP/s  {:>5.1} % of the peak   {what}\n",
                 stage.seconds,
                 stage.rate(),
-                100.0 * stage.rate() / l.peak_gflops
+                100.0 * stage.rate() / l.peak.gflops
             )
         };
         let stream = |name: &str, stage: &Stage, what: &str| {
@@ -83,9 +107,10 @@ impl Report {
             )
         };
         let mut text = format!(
-            "limits   {:.1} GFLOP/s in {}, {:.1} GB/s read, {} threads\n",
-            l.peak_gflops,
+            "limits   {:.1} GFLOP/s in {} ({}), {:.1} GB/s read, {} threads\n",
+            l.peak.gflops,
             l.peak_type,
+            l.peak.instruction,
             l.bandwidth_gbs,
             std::thread::available_parallelism().map_or(1, usize::from)
         );
@@ -110,13 +135,20 @@ impl Report {
         text += &compute("prefill", &m.prefill, &prompt);
         let rate = format!("{:.1} tokens/s", 1.0 / m.decode.seconds);
         text += &stream("decode", &m.decode, &rate);
-        if let Some(rows) = &m.rows {
-            let what = format!(
+        for rows in &m.rows {
+            let mut what = format!(
                 "{:.1} tokens/s in {} row(s) of {} tokens",
-                rows.rows as f64 / rows.stage.seconds,
+                rows.tokens_s(),
                 rows.rows,
                 rows.context
             );
+            what += &match rows.beside {
+                None => String::new(),
+                Some(Beside::OneRow(times)) => format!(", {times:.2} times one row"),
+                Some(Beside::Shorter(context, share)) => {
+                    format!(", {share:.2} of the time at {context} and of reading what is more")
+                }
+            };
             text += &stream("decode", &rows.stage, &what);
         }
         text += &format!(

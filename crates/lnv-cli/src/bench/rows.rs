@@ -1,15 +1,20 @@
-//! Decoding several rows at once, at a context of any length.
+//! Decoding several rows at once, at contexts of any length.
+//!
+//! A step of several rows is compared with one row's at the same context. A step at a long context is
+//! compared with one at the context before it plus the time that reading the keys and values takes that
+//! are more: it can hardly be less.
 //!
 //! The cache is filled with noise rather than by a prefill: a step costs the same whatever the keys and
 //! values are, and a prefill of eight rows of 8000 tokens takes an hour.
 
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use llava_next_video::model::{Batch, BatchSpan, Keep, LlavaNextVideoModel, Taps};
 use lnv_kernels::{KV_BLOCK, KvCache, Slot};
 
 use super::Stage;
+use crate::{memory, output};
 
 /// Tokens that are written to the cache at once.
 const FILL: usize = 256;
@@ -22,16 +27,71 @@ pub struct Rows {
     pub context: usize,
     /// One step, and the bytes that it reads.
     pub stage: Stage,
+    /// What it is to be compared with, where there is something.
+    pub beside: Option<Beside>,
+}
+
+/// A step beside another.
+pub enum Beside {
+    /// How many times the tokens a second of one row at the same context.
+    OneRow(f64),
+    /// The share of the time of a step at a shorter context (of so many tokens) plus that of reading
+    /// the keys and values that are more.
+    Shorter(usize, f64),
 }
 
 impl Rows {
+    /// Steps of one row at each context; then of `rows` rows at the first of them, if more than one.
+    ///
+    /// # Errors
+    /// The caches do not fit into memory.
+    pub fn measure_all(
+        model: &LlavaNextVideoModel,
+        (rows, contexts, steps): (usize, &[usize], usize),
+        bandwidth_gbs: f64,
+    ) -> Result<Vec<Self>> {
+        let mut all: Vec<Self> = Vec::with_capacity(contexts.len() + 1);
+        for context in contexts {
+            let mut one = Self::measure(model, (1, *context, steps))?;
+            if let Some(before) = all.last().filter(|before| before.context < *context) {
+                let more = one.stage.needed - before.stage.needed;
+                let expected = before.stage.seconds + more / (1e9 * bandwidth_gbs);
+                let share = one.stage.seconds / expected;
+                one.beside = Some(Beside::Shorter(before.context, share));
+            }
+            all.push(one);
+        }
+        if rows > 1 {
+            let mut many = Self::measure(model, (rows, contexts[0], steps))?;
+            let speedup = rows as f64 * all[0].stage.seconds / many.stage.seconds;
+            many.beside = Some(Beside::OneRow(speedup));
+            all.push(many);
+        }
+        Ok(all)
+    }
+
+    /// Tokens a second of all rows together.
+    pub fn tokens_s(&self) -> f64 {
+        self.rows as f64 / self.stage.seconds
+    }
+
     /// The fastest of `steps` steps of `rows` sequences that have `context` tokens each.
-    pub fn measure(
+    fn measure(
         model: &LlavaNextVideoModel,
         (rows, context, steps): (usize, usize, usize),
     ) -> Result<Self> {
         let decoder = model.language_model();
         let row_blocks = (context + steps).div_ceil(KV_BLOCK);
+        let kv_bytes = super::kv_bytes(model);
+        let cache_bytes = (rows * row_blocks * KV_BLOCK) as f64 * kv_bytes;
+        if let Some(free) = memory::available().filter(|free| cache_bytes > *free as f64) {
+            bail!(
+                "the keys and values of {rows} row(s) of {context} tokens take {}, and {} of memory \
+                 are free: ask for a smaller --batch or --context",
+                output::size(cache_bytes as usize),
+                output::size(free as usize)
+            );
+        }
         let mut cache = decoder.new_cache(rows * row_blocks);
         let blocks: Vec<Vec<u32>> = (0..rows)
             .map(|row| {
@@ -73,8 +133,9 @@ impl Rows {
             context,
             stage: Stage {
                 seconds,
-                needed: weights + (rows * context) as f64 * super::kv_bytes(model),
+                needed: weights + (rows * context) as f64 * kv_bytes,
             },
+            beside: None,
         })
     }
 }

@@ -421,6 +421,40 @@ fn bench_measures_what_it_promises() {
 }
 
 #[test]
+fn bench_compares_rows_and_contexts() {
+    let words = "bench --synthetic tiny --text-layers 1 --frames 1 --steps 2 --format json";
+    let words: Vec<&str> = words.split(' ').collect();
+    let asked = ["--batch", "3", "--context", "64,320"];
+    let said = json(run(&[&words[..], &asked].concat()));
+    let rows = said["decode_rows"].as_array().unwrap();
+    let seen: Vec<_> = rows.iter().map(|r| (&r["rows"], &r["context"])).collect();
+    assert_eq!(
+        format!("{seen:?}"),
+        "[(Number(1), Number(64)), (Number(1), Number(320)), (Number(3), Number(64))]"
+    );
+    for (index, key) in ["gbs", "of_shorter_and_kv", "times_one_row"]
+        .iter()
+        .enumerate()
+    {
+        let value = rows[index][key].as_f64().unwrap_or(-1.0);
+        assert!(value > 0.0 && value.is_finite(), "{key}: {}", rows[index]);
+        assert!(
+            rows[index]["share"]
+                .as_f64()
+                .is_some_and(|share| share > 0.0)
+        );
+    }
+    assert_eq!(rows[1]["shorter_context"], 64);
+    assert!(rows[0].get("times_one_row").is_none());
+    assert_eq!(said["decode_batch"], 3);
+    assert_eq!(said["decode_context"], 64);
+    // More than any machine has.
+    let asked = ["--batch", "1024", "--context", "1048576", "--model", MODEL];
+    let said = run(&[&["bench", "--frames", "1", "--steps", "1"], &asked[..]].concat());
+    said.refuses(1, &["1024 row(s) of 1048576 tokens", "smaller --batch"]);
+}
+
+#[test]
 fn nobody_listening_is_no_bug() {
     let ask = ["ask", "--model", MODEL, "--max-new-tokens", "24", "Hello"];
     let (reader, writer) = std::io::pipe().unwrap();

@@ -111,7 +111,7 @@ impl<D: Dot> Format for Q4<D> {
     #[inline(always)]
     fn registers(rows: usize, lanes: usize) -> usize {
         match (lanes, rows) {
-            (16, 1..=6) => 2,
+            (16, _) => 2,
             (8, 1) => 4,
             (8, 2) => 2,
             _ => 1,
@@ -334,7 +334,7 @@ impl<D: Dot> Format for Q4Bytes<D> {
 
 /// How a row becomes codes: [`Step::of`].
 #[inline(always)]
-fn step_of<S: Simd>(s: S, x: &[f32]) -> Step {
+pub(crate) fn step_of<S: Simd>(s: S, x: &[f32]) -> Step {
     let mut peaks = s.splat_i(0);
     let mut chunks = x.chunks_exact(CHUNK);
     for chunk in &mut chunks {
@@ -365,7 +365,7 @@ pub(crate) fn largest_magnitudes<S: Simd>(s: S, chunk: &[f32], peaks: S::I) -> S
 pub(crate) const CHUNK: usize = q4::GROUP;
 /// Added to a code, a float whose last bit stands for 1: rounds the code as [`Step::code`] does and
 /// leaves it in the lowest bits.
-const ROUND: f32 = 12_582_912.0;
+pub(crate) const ROUND: f32 = 12_582_912.0;
 
 /// The codes of some values of a row.
 #[derive(Default)]

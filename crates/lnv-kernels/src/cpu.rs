@@ -9,6 +9,7 @@
 
 pub(crate) mod activation;
 pub(crate) mod attention;
+mod byte_attention;
 mod dot;
 mod dot_attention;
 pub(crate) mod eager;
@@ -21,6 +22,7 @@ pub(crate) mod pack;
 pub(crate) mod quantise;
 pub(crate) mod quantised;
 pub(crate) mod rope;
+pub(crate) mod rotate;
 pub(crate) mod scratch;
 pub(crate) mod simd;
 mod small;

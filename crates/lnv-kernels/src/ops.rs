@@ -88,6 +88,12 @@ impl Ops {
         rayon::current_num_threads()
     }
 
+    /// Runs `work`, many operations, on one of the threads that share them: each operation then
+    /// starts at once, where a thread from outside would wait to be heard (20 to 50 µs).
+    pub fn together<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        rayon::scope(|_| work())
+    }
+
     /// A zeroed matrix, `[rows, cols]`.
     pub fn buffer(&self, rows: usize, cols: usize) -> Buffer {
         Buffer::zeroed(rows, cols)

@@ -6,6 +6,7 @@
 //! without FMA). Only attention differs in kind from its fast twins: whole softmax rows here,
 //! blocks there. Shapes were checked by [`crate::Ops`].
 
+pub(crate) mod bytes;
 mod quantised;
 
 use half::{bf16, f16};

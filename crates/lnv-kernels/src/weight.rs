@@ -14,6 +14,9 @@ mod float;
 mod packed;
 pub(crate) mod q4;
 pub(crate) mod q8;
+pub(crate) mod rotate;
+
+use std::cell::Cell;
 
 use rayon::prelude::*;
 
@@ -34,11 +37,12 @@ pub enum WeightDtype {
     Bf16,
     /// IEEE half precision.
     F16,
-    /// 8-bit integers with one f32 scale for each output; activations are rounded to 8-bit integers
-    /// row by row. k at most 131072.
+    /// 8-bit integers with one f32 scale for each output. Weights and activations are rotated along
+    /// k, so that no channel stands out, and activations rounded to 8-bit integers row by row. k at
+    /// most 131072.
     Q8,
-    /// 4-bit integers with an f16 scale for every 64 values of k of an output; activations as with
-    /// [`WeightDtype::Q8`].
+    /// 16 levels with an f16 scale for every 64 values of k of an output; activations are rounded to
+    /// 8-bit integers in groups of 64.
     Q4,
 }
 
@@ -171,7 +175,10 @@ impl Weight {
     pub(crate) fn read_row(&self, n: usize, out: &mut [f32]) {
         let (panel, column) = (self.panel(n / PANEL), n % PANEL);
         match self.dtype {
-            WeightDtype::Q8 => q8::read_column(panel, column, out),
+            WeightDtype::Q8 => {
+                q8::read_column(panel, column, out);
+                rotate::rotate(out);
+            }
             WeightDtype::Q4 => q4::read_column(panel, column, out),
             dtype => float::read_column(dtype, panel, column, out),
         }
@@ -206,7 +213,9 @@ impl Weight {
         panels.for_each(|(index, panel)| {
             let columns: Columns<'_> = std::array::from_fn(|c| source.row(index * PANEL + c));
             match dtype {
-                WeightDtype::Q8 => q8::pack_panel(&columns, k, panel),
+                WeightDtype::Q8 => {
+                    rotated(&columns, k, |columns| q8::pack_panel(columns, k, panel))
+                }
                 WeightDtype::Q4 => q4::pack_panel(&columns, k, panel),
                 dtype => float::pack_panel(dtype, &columns, k, panel),
             }
@@ -250,6 +259,24 @@ fn panel_len(k: usize, dtype: WeightDtype) -> usize {
 
 /// The rows of a panel's columns; `None` beyond the last column.
 pub(crate) type Columns<'a> = [Option<WeightData<'a>>; PANEL];
+
+/// Runs `work` on a panel's columns after their rotation.
+fn rotated(columns: &Columns<'_>, k: usize, work: impl FnOnce(&Columns<'_>)) {
+    thread_local! {
+        static ROWS: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    }
+    let mut rows = ROWS.take();
+    rows.resize(PANEL * k, 0.0);
+    for (row, data) in rows.chunks_exact_mut(k.max(1)).zip(columns) {
+        if let Some(data) = data {
+            float::widen_row(data, row);
+            rotate::rotate(row);
+        }
+    }
+    let row = |c: usize| WeightData::F32(bytemuck::cast_slice(&rows[c * k..(c + 1) * k]));
+    work(&std::array::from_fn(|c| columns[c].map(|_| row(c))));
+    ROWS.set(rows);
+}
 
 struct Source<'a> {
     parts: &'a [WeightPart<'a>],

@@ -9,7 +9,7 @@ use super::model::Dtype;
 use crate::error::Result;
 
 /// The version of the packed layout that this program writes and reads.
-pub const PACKED_VERSION: usize = 1;
+pub const PACKED_VERSION: usize = 2;
 
 /// The key of `config.json`.
 const KEY: &str = "quantization_config";
@@ -17,9 +17,9 @@ const KEY: &str = "quantization_config";
 /// A way to quantise weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Quantization {
-    /// 8-bit weights and activations.
+    /// 8-bit weights and activations, rotated along k.
     Q8,
-    /// 4-bit weights in groups of 64, 8-bit activations; the vision tower as with [`Quantization::Q8`].
+    /// 16 levels in groups of 64, 8-bit activations; the vision tower as with [`Quantization::Q8`].
     Q4,
 }
 

@@ -11,7 +11,7 @@
 //! weights, between two worlds of different scale), the patch embedding, the convolutional pooler,
 //! norms, biases, `image_newline`. So is a matrix that a format cannot take.
 
-use lnv_kernels::{PackedBytes, Weight, WeightDtype};
+use lnv_kernels::{PackedBytes, Precision, Weight, WeightDtype};
 
 use super::llava_next_video::LoadOptions;
 use super::weights::Checkpoint;
@@ -124,6 +124,15 @@ impl Formats {
         match self.quantization {
             None => self.dense(),
             Some(Quantization::Q8 | Quantization::Q4) => WeightDtype::Q8,
+        }
+    }
+
+    /// How the vision tower's attention may multiply: as its weights are.
+    pub fn vision_attention(&self) -> Precision {
+        match (self.quantization, self.dtype) {
+            (Some(Quantization::Q8 | Quantization::Q4), _) => Precision::Int8,
+            (None, Dtype::F32) => Precision::F32,
+            (None, Dtype::Bf16 | Dtype::F16) => Precision::Bf16,
         }
     }
 

@@ -176,7 +176,9 @@ impl LanguageModel {
             let whole = i < last || taps.hidden_states || taps.attentions;
             let keep_here = if whole { Keep::All } else { keep };
             let weights;
-            (x, weights) = layer.forward(self, &pass, x, (cache, i), keep_here, &mut scratch);
+            let (cache, scratch) = ((&mut *cache, i), &mut scratch);
+            (x, weights) =
+                ops.together(|| layer.forward(self, &pass, x, cache, keep_here, scratch));
             attentions.extend(weights);
             on_layer(i + 1)?;
         }

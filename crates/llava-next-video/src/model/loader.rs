@@ -256,6 +256,11 @@ impl<'a> Loader<'a> {
         self.formats.dtype
     }
 
+    /// The formats of the weights.
+    pub fn formats(&self) -> &Formats {
+        &self.formats
+    }
+
     /// The matrices `names`, each `(name, rows)` with `k` columns, packed one under the other.
     pub fn matrix(&self, names: &[(String, usize)], k: usize) -> Result<Weight> {
         let part = |(name, n): &(String, usize)| MatrixPart {

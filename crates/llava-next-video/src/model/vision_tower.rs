@@ -8,7 +8,7 @@ use lnv_kernels::{Buffer, Epilogue, Heads, Ops, PatchGeometry, Precision, Vector
 
 use super::layers::{LayerNorm, Linear};
 use super::loader::Loader;
-use crate::config::{Dtype, LlavaNextVideoConfig, SelectStrategy, VisionConfig};
+use crate::config::{LlavaNextVideoConfig, SelectStrategy, VisionConfig};
 use crate::error::{Error, Result};
 use crate::media::ImageSize;
 use crate::processor::inputs::Pixels;
@@ -83,10 +83,7 @@ impl VisionTower {
                 false => None,
             },
             layers,
-            precision: match loader.dtype() {
-                Dtype::F32 => Precision::F32,
-                _ => Precision::Bf16,
-            },
+            precision: loader.formats().vision_attention(),
             taken,
             strategy: config.vision_feature_select_strategy,
             config: vision,

@@ -16,11 +16,11 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::buffer::{Aligned, Buffer};
-use crate::cpu::dot_attention;
 use crate::cpu::scratch::{Shared, with};
 use crate::cpu::simd::{Kernel, Simd, launch};
 use crate::cpu::small::{Small, small_product};
 use crate::cpu::widen::{Blocks, Paged, Widened};
+use crate::cpu::{byte_attention, dot_attention};
 use crate::isa::Isa;
 use crate::kv_cache::{Heads, KV_BLOCK, KvDtype, LayerCache};
 use crate::ops::{AttentionShape, Precision, Span};
@@ -93,8 +93,14 @@ pub(crate) fn full_attention(
     (len, heads, (scale, precision)): (usize, Heads, (f32, Precision)),
     out: &mut Buffer,
 ) {
-    if precision == Precision::Bf16 && isa == Isa::Avx512Bf16 {
-        return dot_attention::full_attention(qkv, (len, heads, scale), out);
+    match (precision, isa) {
+        (Precision::Bf16 | Precision::Int8, Isa::Avx512Bf16) => {
+            return dot_attention::full_attention(qkv, (len, heads, scale), out);
+        }
+        (Precision::Int8, Isa::Avx512Vnni) => {
+            return byte_attention::full_attention(qkv, (len, heads, scale), out);
+        }
+        _ => {}
     }
     let tile = (TILE_ROWS / heads.queries_per_kv()).max(1);
     let segments = qkv.rows() / len;

@@ -23,6 +23,13 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
     const TAIL_BYTES: usize = 0;
     /// Whether activations are quantised, so that rows have a [`Head`].
     const HEADS: bool = false;
+    /// Whether activations are rotated along k.
+    const ROTATES: bool = false;
+    /// What a panel is unpacked to where several tiles of rows read it, with equal steps and equal
+    /// activations; the format itself, if that brings nothing.
+    type Unpacked: Format;
+    /// Whether there is something to unpack.
+    const UNPACKS: bool = false;
 
     /// Rows of the largest tile: its sums fill the registers but for the operands.
     fn tile_rows(isa: Isa) -> usize {
@@ -92,6 +99,10 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
         first: usize,
     );
 
+    /// Unpacks the steps at `w` to `out`, if [`Format::UNPACKS`].
+    #[inline(always)]
+    fn unpack<S: Simd>(_: S, _w: &[u8], _out: &mut [u8]) {}
+
     /// A register of sums as values: columns of a panel whose tail, from their column on, is at
     /// `tail`, in a row with this head.
     ///
@@ -125,6 +136,7 @@ pub(crate) struct Head {
 pub(crate) struct WideF32;
 
 impl Format for WideF32 {
+    type Unpacked = Self;
     const COLUMN_BYTES: usize = 4;
     const STEP_K: usize = 1;
     const A_PER_STEP: usize = 1;
@@ -152,6 +164,7 @@ impl Format for WideF32 {
 pub(crate) struct WideF16;
 
 impl Format for WideF16 {
+    type Unpacked = Self;
     const COLUMN_BYTES: usize = 2;
     const STEP_K: usize = 1;
     const A_PER_STEP: usize = 1;
@@ -179,6 +192,7 @@ impl Format for WideF16 {
 pub(crate) struct WideBf16;
 
 impl Format for WideBf16 {
+    type Unpacked = Self;
     const COLUMN_BYTES: usize = 4;
     const STEP_K: usize = 2;
     const A_PER_STEP: usize = 2;
@@ -209,6 +223,7 @@ impl Format for WideBf16 {
 pub(crate) struct DotBf16;
 
 impl Format for DotBf16 {
+    type Unpacked = Self;
     const COLUMN_BYTES: usize = 4;
     const STEP_K: usize = 2;
     const A_PER_STEP: usize = 1;

@@ -22,6 +22,7 @@ use crate::cpu::activation::activation;
 use crate::cpu::formats::{DotBf16, Format, Head, WideBf16, WideF16, WideF32};
 use crate::cpu::int::{Vnni, Widened};
 use crate::cpu::quantised::{Q4, Q8};
+use crate::cpu::rotate::rotate_row;
 use crate::cpu::scratch::{Shared, with};
 use crate::cpu::simd::{Kernel, Simd};
 use crate::isa::Isa;
@@ -49,6 +50,8 @@ thread_local! {
     static PACKED: Cell<Option<Aligned<u32>>> = const { Cell::new(None) };
     static HEADS: Cell<Option<Aligned<Head>>> = const { Cell::new(None) };
     static SUMS: Cell<Option<Aligned<f32>>> = const { Cell::new(None) };
+    static ROTATED: Cell<Option<Aligned<f32>>> = const { Cell::new(None) };
+    static UNPACKED: Cell<Option<Aligned<u8>>> = const { Cell::new(None) };
 }
 
 /// `out = act(x·Wᵀ + bias)` or `out += x·Wᵀ + bias`; the shapes fit.
@@ -97,13 +100,16 @@ fn product<F: Format>(
             };
             plan.each(plan.row_blocks * plan.panel_groups, |task| {
                 with(&SUMS, plan.sums_len(), |sums| {
-                    let task = Task::<F> {
-                        product: &product,
-                        task,
-                        sums,
-                        format: PhantomData,
-                    };
-                    F::launch(isa, task);
+                    with(&UNPACKED, plan.unpacked_len, |unpacked| {
+                        let task = Task::<F> {
+                            product: &product,
+                            task,
+                            sums,
+                            unpacked,
+                            format: PhantomData,
+                        };
+                        F::launch(isa, task);
+                    });
                 });
             });
         });
@@ -114,15 +120,23 @@ fn product<F: Format>(
 fn pack<F: Format>(isa: Isa, plan: &Plan, x: &[f32], packed: &mut [u32], heads: &mut [Head]) {
     let (packed, heads) = (Shared::new(packed), Shared::new(heads));
     plan.each(plan.tiles, |tile| {
-        let pack = Pack::<F> {
-            plan,
-            x,
-            tile,
-            packed,
-            heads,
-            format: PhantomData,
+        let rotated = if F::ROTATES {
+            plan.tile(tile).len() * plan.k
+        } else {
+            0
         };
-        F::launch(isa, pack);
+        with(&ROTATED, rotated, |rotated| {
+            let pack = Pack::<F> {
+                plan,
+                x,
+                tile,
+                rotated,
+                packed,
+                heads,
+                format: PhantomData,
+            };
+            F::launch(isa, pack);
+        });
     });
 }
 
@@ -140,6 +154,8 @@ struct Plan {
     /// Bytes of a panel's columns in a step, and of a panel.
     step_bytes: usize,
     panel_bytes: usize,
+    /// Bytes of a panel's block of k, unpacked; 0 if nothing is unpacked.
+    unpacked_len: usize,
     tile_rows: usize,
     tiles: usize,
     row_blocks: usize,
@@ -157,7 +173,7 @@ impl Plan {
         let threads = rayon::current_num_threads();
         let (mut block_steps, mut row_blocks) = (steps.max(1), 1);
         if tiles > 1 {
-            let most = PANEL_BLOCK / (PANEL * F::COLUMN_BYTES);
+            let most = PANEL_BLOCK / (PANEL * F::Unpacked::COLUMN_BYTES);
             block_steps = steps.div_ceil(steps.div_ceil(most).max(1)).max(1);
             let tile_bytes = block_steps * F::A_PER_STEP * 4 * tile_rows;
             row_blocks = tiles.div_ceil((ROWS_BLOCK / tile_bytes).max(1));
@@ -171,7 +187,13 @@ impl Plan {
         let panel_groups = wanted.max(least).min(panels);
         let serial = threads == 1 || rows * n * k <= SERIAL;
         let step_bytes = PANEL * F::COLUMN_BYTES;
+        let unpacked_len = if F::UNPACKS && tiles > 1 {
+            block_steps * PANEL * F::Unpacked::COLUMN_BYTES
+        } else {
+            0
+        };
         Plan {
+            unpacked_len,
             isa,
             rows,
             n,
@@ -261,6 +283,8 @@ struct Pack<'a, F> {
     plan: &'a Plan,
     x: &'a [f32],
     tile: usize,
+    /// Room for the tile's rows after their rotation, if there is one.
+    rotated: &'a mut [f32],
     packed: Shared<u32>,
     heads: Shared<Head>,
     format: PhantomData<F>,
@@ -271,7 +295,15 @@ impl<F: Format> Kernel for Pack<'_, F> {
     fn run<S: Simd>(self, s: S) {
         let plan = self.plan;
         let (rows, block) = (plan.tile(self.tile), plan.block_of(self.tile));
-        let x = |row: usize| &self.x[row * plan.k..(row + 1) * plan.k];
+        let mut values = &self.x[rows.start * plan.k..rows.end * plan.k];
+        if F::ROTATES {
+            self.rotated.copy_from_slice(values);
+            for row in self.rotated.chunks_exact_mut(plan.k.max(1)) {
+                rotate_row(s, row);
+            }
+            values = self.rotated;
+        }
+        let x = |row: usize| &values[(row - rows.start) * plan.k..][..plan.k];
         let mut quantised = [(Step::default(), 0i32); MOST_ROWS];
         if F::HEADS {
             for (row, (step, _)) in rows.clone().zip(&mut quantised) {
@@ -331,6 +363,8 @@ struct Task<'a, F> {
     product: &'a Product<'a>,
     task: usize,
     sums: &'a mut [f32],
+    /// Room for a panel's block of k, unpacked.
+    unpacked: &'a mut [u8],
     format: PhantomData<F>,
 }
 
@@ -346,10 +380,16 @@ impl<F: Format> Kernel for Task<'_, F> {
         );
         let block = plan.rows_of(&tiles);
         let waits = plan.block_steps < plan.steps;
+        let unpacks = F::UNPACKS && tiles.len() > 1;
         for steps in plan.step_blocks() {
             for panel in group.clone() {
                 let w = panel * plan.panel_bytes + steps.start * plan.step_bytes;
-                let w = &product.panels[w..w + steps.len() * plan.step_bytes];
+                let mut w = &product.panels[w..w + steps.len() * plan.step_bytes];
+                if unpacks {
+                    let len = steps.len() * PANEL * F::Unpacked::COLUMN_BYTES;
+                    F::unpack(s, w, &mut self.unpacked[..len]);
+                    w = &self.unpacked[..len];
+                }
                 for tile in tiles.clone() {
                     let rows = plan.tile(tile);
                     let at = plan.packed_at(&block, rows.start, &steps);
@@ -363,7 +403,11 @@ impl<F: Format> Kernel for Task<'_, F> {
                         steps: steps.len(),
                         result: (steps.end == plan.steps).then(|| product.place(rows.start, panel)),
                     };
-                    any_tile::<F>(plan.isa, &tile, sums, steps.start > 0);
+                    if unpacks {
+                        any_tile::<F::Unpacked>(plan.isa, &tile, sums, steps.start > 0);
+                    } else {
+                        any_tile::<F>(plan.isa, &tile, sums, steps.start > 0);
+                    }
                     if steps.end == plan.steps {
                         product.finish::<S, F>(s, rows, panel, sums);
                     }
@@ -571,9 +615,7 @@ fn tile<S: Simd, F: Format, const ROWS: usize, const V: usize>(
                 unsafe {
                     let a = t.a.as_ptr().add(step * ROWS * F::A_PER_STEP);
                     let w = t.w.as_ptr().add(step * step_bytes);
-                    if ROWS > 1 {
-                        F::fetch::<S, V>(w.wrapping_add(PREFETCH), first);
-                    }
+                    F::fetch::<S, V>(w.wrapping_add(PREFETCH), first);
                     F::step(s, &mut acc, a, w, first);
                 }
                 step += 1;

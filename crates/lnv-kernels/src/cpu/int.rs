@@ -50,6 +50,9 @@ pub(crate) trait Ints: Copy {
     fn right16<const BITS: u32>(self, a: Self::I) -> Self::I;
     /// Lanes of 16 bits to the right, the sign coming in.
     fn signed_right16<const BITS: u32>(self, a: Self::I) -> Self::I;
+    /// In each byte, the byte of `table` that the byte of `index` names: its lowest four bits, the
+    /// others being zero.
+    fn look_up(self, table: &[u8; 16], index: Self::I) -> Self::I;
     /// In each lane, the sum of the products of its two signed 16-bit halves.
     fn multiply_pairs(self, a: Self::I, b: Self::I) -> Self::I;
     /// In each lane, `acc` plus the sum of the products of w's four unsigned and a's four signed
@@ -128,6 +131,13 @@ impl Ints for Avx2 {
         with_features!(_mm256_sra_epi16(a, _mm_cvtsi32_si128(BITS as i32)))
     }
     #[inline(always)]
+    fn look_up(self, table: &[u8; 16], index: __m256i) -> __m256i {
+        with_features!({
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+            _mm256_shuffle_epi8(table, index)
+        })
+    }
+    #[inline(always)]
     fn multiply_pairs(self, a: __m256i, b: __m256i) -> __m256i {
         with_features!(_mm256_madd_epi16(a, b))
     }
@@ -187,6 +197,13 @@ impl Ints for Avx512 {
     #[inline(always)]
     fn signed_right16<const BITS: u32>(self, a: __m512i) -> __m512i {
         with_features!(_mm512_srai_epi16::<BITS>(a))
+    }
+    #[inline(always)]
+    fn look_up(self, table: &[u8; 16], index: __m512i) -> __m512i {
+        with_features!({
+            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
+            _mm512_shuffle_epi8(table, index)
+        })
     }
     #[inline(always)]
     fn multiply_pairs(self, a: __m512i, b: __m512i) -> __m512i {

@@ -18,23 +18,20 @@ use crate::weight::{Columns, PANEL, WeightData, q4, q8};
 
 /// Quantises a panel to 8 bits, if the processor has what it takes.
 pub(crate) fn q8_panel(columns: &Columns<'_>, k: usize, panel: &mut [u8]) -> bool {
-    let Some(isa) = fastest() else { return false };
+    let Some(isa) = Isa::widest() else {
+        return false;
+    };
     launch(isa, Q8Panel { columns, k, panel });
     true
 }
 
 /// Quantises a panel to 4 bits, if the processor has what it takes.
 pub(crate) fn q4_panel(columns: &Columns<'_>, k: usize, panel: &mut [u8]) -> bool {
-    let Some(isa) = fastest() else { return false };
+    let Some(isa) = Isa::widest() else {
+        return false;
+    };
     launch(isa, Q4Panel { columns, k, panel });
     true
-}
-
-/// What packing runs on: the bytes are the same, so `LNV_ISA` is not asked.
-fn fastest() -> Option<Isa> {
-    [Isa::Avx512, Isa::Avx2]
-        .into_iter()
-        .find(|isa| isa.is_available())
 }
 
 struct Q8Panel<'a> {
@@ -193,12 +190,10 @@ impl Block {
     #[inline(always)]
     fn search<S: Simd>(&self, s: S, first: usize, scales: &mut [f32; PANEL]) {
         let zero = s.splat(0.0);
-        let (mut peak, mut magnitude, mut finite) = (zero, zero, zero);
+        let (mut peak, mut finite) = (zero, zero);
         for k in 0..q4::GROUP {
             let value = self.load(s, k, first);
-            let larger = s.abs(value);
-            peak = s.if_less(magnitude, larger, value, peak);
-            magnitude = s.max(larger, magnitude);
+            peak = s.max(s.abs(value), peak);
             finite = s.fma(value, zero, finite); // from then on NaN if the value is not
         }
         let (mut best, mut scale) = (zero, zero);
@@ -213,21 +208,26 @@ impl Block {
         let refined = s.div(dot, norm);
         let infinity = s.splat(f32::INFINITY);
         scale = s.if_less(s.abs(refined), infinity, refined, scale);
+        scale = s.if_less(zero, peak, scale, zero);
         scale = s.if_less(finite, s.splat(1.0), scale, s.splat(f32::NAN));
         let values = &mut scales[first..first + S::LANES];
         // SAFETY: a register's values.
         unsafe { s.store(values.as_mut_ptr(), scale) };
     }
 
-    /// For the codes at these many codes per value: values times codes, and codes times codes.
+    /// For the levels at these many levels per value: values times levels, and levels times levels.
     #[inline(always)]
     fn fit<S: Simd>(&self, s: S, first: usize, inverse: S::F) -> (S::F, S::F) {
         let (mut dot, mut norm) = (s.splat(0.0), s.splat(0.0));
         for k in 0..q4::GROUP {
             let value = self.load(s, k, first);
-            let code = nearest(s, value, inverse);
-            dot = s.add(dot, s.mul(value, code));
-            norm = s.fma(code, code, norm); // whole numbers: exact, as the slow twin's
+            let scaled = s.mul(value, inverse);
+            let mut level = s.splat(q4::LEVELS[0]);
+            for (bound, next) in q4::BOUNDS.iter().zip(&q4::LEVELS[1..]) {
+                level = s.if_less(s.splat(*bound), scaled, s.splat(*next), level);
+            }
+            dot = s.add(dot, s.mul(value, level));
+            norm = s.fma(level, level, norm); // whole numbers: exact, as the slow twin's
         }
         (dot, norm)
     }
@@ -239,14 +239,19 @@ impl Block {
         let columns = &inverse[first..first + S::LANES];
         // SAFETY: a register's values.
         let inverse = unsafe { s.load(columns.as_ptr()) };
-        // Leaves the code, 8 added, in the lowest bits.
-        let round = s.splat(12_582_912.0 + f32::from(q4::ZERO));
+        let (zero, one) = (s.splat(0.0), s.splat(1.0));
+        // Leaves a whole number in the lowest bits.
+        let round = s.splat(12_582_912.0);
         let (lowest, lines) = (s.splat_i(15), group.chunks_exact_mut(4 * PANEL));
         for (eight, line) in lines.enumerate() {
             let mut codes = s.splat_i(0);
             for k in 0..8 {
-                let value = self.load(s, 8 * eight + k, first);
-                let code = s.ints(s.add(nearest(s, value, inverse), round));
+                let scaled = s.mul(self.load(s, 8 * eight + k, first), inverse);
+                let mut code = zero;
+                for bound in q4::BOUNDS {
+                    code = s.if_less(s.splat(bound), scaled, s.add(code, one), code);
+                }
+                let code = s.ints(s.add(code, round));
                 let shift = k % 4 * 8 + k / 4 * 4;
                 codes = s.add_i(codes, s.left(s.and(code, lowest), shift as i32));
             }
@@ -255,13 +260,6 @@ impl Block {
             unsafe { s.store(line.as_mut_ptr().cast(), s.floats(codes)) };
         }
     }
-}
-
-/// As `q4::nearest`.
-#[inline(always)]
-fn nearest<S: Simd>(s: S, value: S::F, inverse: S::F) -> S::F {
-    let code = s.round(s.mul(value, inverse));
-    s.min(s.max(code, s.splat(-8.0)), s.splat(7.0))
 }
 
 #[cfg(test)]

@@ -1,11 +1,13 @@
 //! Products with quantised weights: what a step does, and how activations become bytes.
 //!
-//! Decision: the loop nest is that of every other format. 8-bit sums stay integers from the first
+//! Decision: the loop nest is that of every other format. Rows are rotated (`weight/rotate.rs`), then
+//! quantised. 8-bit sums stay integers from the first
 //! block of k to the last, as the bits of the waiting sums; scales come with the epilogue. The 128
 //! that is added to each weight code adds 128 times the sum of the row's codes, which the row's head
 //! takes off again. A step of 4-bit weights is a group of 64: its integer sums live in registers,
-//! start at -8 times the sum of the row's codes in the group (packed beside the codes), and are
-//! added, times the group's scales, to the f32 sums.
+//! start at -128 times the sum of the row's codes in the group (packed beside the codes), and are
+//! added, times the group's scales, to the f32 sums. One tile of rows looks levels up in registers; where
+//! there are more, a panel's block is looked up once for all of them, into the nearest caches.
 
 use std::marker::PhantomData;
 
@@ -21,11 +23,13 @@ use crate::weight::{PANEL, q4, q8};
 pub(crate) struct Q8<D>(PhantomData<D>);
 
 impl<D: Dot> Format for Q8<D> {
+    type Unpacked = Self;
     const COLUMN_BYTES: usize = q8::STEP_K;
     const STEP_K: usize = q8::STEP_K;
     const A_PER_STEP: usize = 1;
     const TAIL_BYTES: usize = 4 * PANEL;
     const HEADS: bool = true;
+    const ROTATES: bool = true;
 
     fn launch<K: Kernel>(isa: Isa, kernel: K) {
         D::launch(isa, kernel);
@@ -88,22 +92,26 @@ impl<D: Dot> Format for Q8<D> {
     }
 }
 
-/// 4-bit weights. A packed row has, for each group, its 16 elements of codes and then what the
-/// group's integer sums start with.
+/// 4-bit weights. A packed row has, for each group, its 16 elements of codes, what the group's integer
+/// sums start with, and what a code of 1 stands for.
 #[derive(Clone, Copy)]
 pub(crate) struct Q4<D>(PhantomData<D>);
+
+/// Elements of a group's codes in a packed row.
+const GROUP_ELEMENTS: usize = q4::GROUP / 4;
 
 impl<D: Dot> Format for Q4<D> {
     const COLUMN_BYTES: usize = q4::GROUP_BYTES / PANEL;
     const STEP_K: usize = q4::GROUP;
-    const A_PER_STEP: usize = q4::GROUP / 4 + 1;
-    const HEADS: bool = true;
+    const A_PER_STEP: usize = GROUP_ELEMENTS + 2;
+    type Unpacked = Q4Bytes<D>;
+    const UNPACKS: bool = true;
 
     /// Integer and f32 sums take twice the registers.
     #[inline(always)]
     fn registers(rows: usize, lanes: usize) -> usize {
         match (lanes, rows) {
-            (16, 1..=6) => 2,
+            (16, _) => 2,
             (8, 1) => 4,
             (8, 2) => 2,
             _ => 1,
@@ -129,15 +137,10 @@ impl<D: Dot> Format for Q4<D> {
     }
 
     #[inline(always)]
-    fn step_of<S: Simd>(s: S, x: &[f32]) -> Step {
-        step_of(s, x)
-    }
-
-    #[inline(always)]
     unsafe fn pack_row<S: Simd>(
         s: S,
         x: &[f32],
-        step: Step,
+        _: Step,
         elements: usize,
         out: *mut u32,
         stride: usize,
@@ -145,12 +148,14 @@ impl<D: Dot> Format for Q4<D> {
         let mut codes = Codes::default();
         let groups = (0..elements).step_by(Self::A_PER_STEP);
         for (x, first) in x.chunks(q4::GROUP).zip(groups) {
+            let step = step_of(s, x);
             let sum = codes.fill(s, x, step);
             let start = codes_sum(s, sum, 1).wrapping_mul(-i32::from(q4::ZERO));
             // SAFETY: first is below `elements`, which is a multiple of a group's.
             unsafe {
-                codes.store(q4::GROUP / 4, out.add(first * stride), stride);
-                *out.add((first + q4::GROUP / 4) * stride) = start as u32;
+                codes.store(GROUP_ELEMENTS, out.add(first * stride), stride);
+                *out.add((first + GROUP_ELEMENTS) * stride) = start as u32;
+                *out.add((first + GROUP_ELEMENTS + 1) * stride) = step.scale.to_bits();
             }
         }
         0
@@ -164,20 +169,14 @@ impl<D: Dot> Format for Q4<D> {
         w: *const u8,
         first: usize,
     ) {
-        let mask = s.splat_i(0x0f0f_0f0f);
-        let mut sums = [[mask; V]; ROWS];
-        for (row, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: the caller's contract: ROWS * A_PER_STEP elements at a.
-            let start = unsafe { *a.add(q4::GROUP / 4 * ROWS + row) };
-            *sums = [s.splat_i(start as i32); V];
-        }
+        // SAFETY: the caller's contract: ROWS * A_PER_STEP elements at a.
+        let mut sums = unsafe { group_starts::<S, ROWS, V>(s, a) };
         for eight in 0..q4::GROUP / 8 {
-            let (mut low, mut high) = ([mask; V], [mask; V]);
+            let (mut low, mut high) = ([s.splat_i(0); V], [s.splat_i(0); V]);
             for (v, (low, high)) in low.iter_mut().zip(&mut high).enumerate() {
                 // SAFETY: the caller's contract: the codes of the group's columns.
                 let codes = unsafe { s.load_i(w.add(4 * (eight * PANEL + first + v * S::LANES))) };
-                *low = s.and(codes, mask);
-                *high = s.and(s.right16::<4>(codes), mask);
+                (*low, *high) = levels(s, codes);
             }
             for (row, sums) in sums.iter_mut().enumerate() {
                 for (v, sums) in sums.iter_mut().enumerate() {
@@ -193,21 +192,149 @@ impl<D: Dot> Format for Q4<D> {
         for v in 0..V {
             // SAFETY: the caller's contract: the scales of the group's columns.
             let scales = unsafe { s.load_f16(w.add(q4::CODES + 2 * (first + v * S::LANES))) };
-            for (acc, sums) in acc.iter_mut().zip(&sums) {
-                acc[v] = s.fma(s.to_float(sums[v]), scales, acc[v]);
-            }
+            // SAFETY: the caller's contract: ROWS * A_PER_STEP elements at a.
+            unsafe { add_group(s, acc, &sums, (a, scales), v) };
         }
     }
 
     #[inline(always)]
-    unsafe fn finish<S: Simd>(s: S, sums: S::F, _: *const u8, head: &Head) -> S::F {
-        s.mul(sums, s.splat(head.scale))
+    fn unpack<S: Simd>(s: S, w: &[u8], out: &mut [u8]) {
+        let groups = out.chunks_exact_mut(BYTES_GROUP);
+        for (w, out) in w.chunks_exact(q4::GROUP_BYTES).zip(groups) {
+            for eight in 0..q4::GROUP / 8 {
+                for at in (0..PANEL).step_by(S::LANES) {
+                    // SAFETY: within a group's codes; a register's bytes are read, and written twice.
+                    unsafe {
+                        let codes = s.load_i(w.as_ptr().add(4 * (eight * PANEL + at)));
+                        let (low, high) = levels(s, codes);
+                        let out = out.as_mut_ptr().add(4 * (2 * eight * PANEL + at));
+                        s.store(out.cast(), s.floats(low));
+                        s.store(out.add(4 * PANEL).cast(), s.floats(high));
+                    }
+                }
+            }
+            for at in (0..PANEL).step_by(S::LANES) {
+                // SAFETY: within a group's scales, as they are and as f32.
+                unsafe {
+                    let scales = s.load_f16(w.as_ptr().add(q4::CODES + 2 * at));
+                    let out = out.as_mut_ptr().add(q4::GROUP * PANEL + 4 * at);
+                    s.store(out.cast(), scales);
+                }
+            }
+        }
+    }
+}
+
+/// The levels of a register of codes: of four values of k, and of the next four.
+#[inline(always)]
+fn levels<S: Simd>(s: S, codes: S::I) -> (S::I, S::I) {
+    let mask = s.splat_i(0x0f0f_0f0f);
+    let low = s.look_up(&q4::BYTES, s.and(codes, mask));
+    let high = s.look_up(&q4::BYTES, s.and(s.right16::<4>(codes), mask));
+    (low, high)
+}
+
+/// What the integer sums of a group start with.
+///
+/// # Safety
+/// `ROWS` elements can be read behind a group's codes at `a`.
+#[inline(always)]
+unsafe fn group_starts<S: Simd, const ROWS: usize, const V: usize>(
+    s: S,
+    a: *const u32,
+) -> [[S::I; V]; ROWS] {
+    let mut sums = [[s.splat_i(0); V]; ROWS];
+    for (row, sums) in sums.iter_mut().enumerate() {
+        // SAFETY: the caller's contract.
+        let start = unsafe { *a.add(GROUP_ELEMENTS * ROWS + row) };
+        *sums = [s.splat_i(start as i32); V];
+    }
+    sums
+}
+
+/// Adds a group's integer sums of register `v` of columns, which have these scales, to the sums.
+///
+/// # Safety
+/// A group's elements of ROWS rows can be read at `a`.
+#[inline(always)]
+unsafe fn add_group<S: Simd, const ROWS: usize, const V: usize>(
+    s: S,
+    acc: &mut [[S::F; V]; ROWS],
+    sums: &[[S::I; V]; ROWS],
+    (a, scales): (*const u32, S::F),
+    v: usize,
+) {
+    for (row, (acc, sums)) in acc.iter_mut().zip(sums).enumerate() {
+        // SAFETY: the caller's contract.
+        let step = f32::from_bits(unsafe { *a.add((GROUP_ELEMENTS + 1) * ROWS + row) });
+        acc[v] = s.fma(s.to_float(sums[v]), s.mul(scales, s.splat(step)), acc[v]);
+    }
+}
+
+/// Bytes of a group of an unpacked panel: a byte each, then the scales as f32.
+const BYTES_GROUP: usize = (q4::GROUP + 4) * PANEL;
+
+/// [`Q4`] with its levels looked up, which many tiles of rows share. The arithmetic is the same.
+#[derive(Clone, Copy)]
+pub(crate) struct Q4Bytes<D>(PhantomData<D>);
+
+impl<D: Dot> Format for Q4Bytes<D> {
+    const COLUMN_BYTES: usize = BYTES_GROUP / PANEL;
+    const STEP_K: usize = q4::GROUP;
+    const A_PER_STEP: usize = GROUP_ELEMENTS + 2;
+    type Unpacked = Self;
+
+    #[inline(always)]
+    fn registers(rows: usize, lanes: usize) -> usize {
+        Q4::<D>::registers(rows, lanes)
+    }
+
+    /// Nothing: it has just been written.
+    #[inline(always)]
+    fn fetch<S: Simd, const V: usize>(_: *const u8, _: usize) {}
+
+    fn launch<K: Kernel>(isa: Isa, kernel: K) {
+        D::launch(isa, kernel);
+    }
+
+    #[inline(always)]
+    unsafe fn step<S: Simd, const ROWS: usize, const V: usize>(
+        s: S,
+        acc: &mut [[S::F; V]; ROWS],
+        a: *const u32,
+        w: *const u8,
+        first: usize,
+    ) {
+        // SAFETY: the caller's contract: ROWS * A_PER_STEP elements at a.
+        let mut sums = unsafe { group_starts::<S, ROWS, V>(s, a) };
+        for four in 0..GROUP_ELEMENTS {
+            let mut columns = [s.splat_i(0); V];
+            for (v, columns) in columns.iter_mut().enumerate() {
+                // SAFETY: the caller's contract: the bytes of the group's columns.
+                *columns = unsafe { s.load_i(w.add(4 * (four * PANEL + first + v * S::LANES))) };
+            }
+            for (row, sums) in sums.iter_mut().enumerate() {
+                for (sums, columns) in sums.iter_mut().zip(columns) {
+                    // SAFETY: the caller's contract, as above; only inside launch.
+                    *sums = unsafe { D::dot(s, *sums, columns, *a.add(four * ROWS + row)) };
+                }
+            }
+        }
+        for v in 0..V {
+            // SAFETY: the caller's contract: the scales of the group's columns.
+            let scales = unsafe {
+                let at = q4::GROUP * PANEL + 4 * (first + v * S::LANES);
+                s.load(w.add(at).cast())
+            };
+            // SAFETY: the caller's contract: ROWS * A_PER_STEP elements at a.
+            unsafe { add_group(s, acc, &sums, (a, scales), v) };
+        }
     }
 }
 
 /// How a row becomes codes: [`Step::of`].
 #[inline(always)]
-fn step_of<S: Simd>(s: S, x: &[f32]) -> Step {
+pub(crate) fn step_of<S: Simd>(s: S, x: &[f32]) -> Step {
     let mut peaks = s.splat_i(0);
     let mut chunks = x.chunks_exact(CHUNK);
     for chunk in &mut chunks {
@@ -238,7 +365,7 @@ pub(crate) fn largest_magnitudes<S: Simd>(s: S, chunk: &[f32], peaks: S::I) -> S
 pub(crate) const CHUNK: usize = q4::GROUP;
 /// Added to a code, a float whose last bit stands for 1: rounds the code as [`Step::code`] does and
 /// leaves it in the lowest bits.
-const ROUND: f32 = 12_582_912.0;
+pub(crate) const ROUND: f32 = 12_582_912.0;
 
 /// The codes of some values of a row.
 #[derive(Default)]

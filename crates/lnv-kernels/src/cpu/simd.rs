@@ -123,6 +123,8 @@ pub(crate) trait Simd: Ints + Copy + Send + Sync + 'static {
     fn if_less(self, a: Self::F, b: Self::F, yes: Self::F, no: Self::F) -> Self::F;
     /// Lanes `from..to` of `a`, `fill` in the others.
     fn keep(self, a: Self::F, from: usize, to: usize, fill: Self::F) -> Self::F;
+    /// The lanes `STRIDE` (1, 2, 4, or 8 of 16) to the right and to the left have changed places.
+    fn partners<const STRIDE: usize>(self, a: Self::F) -> Self::F;
     /// The sum of all lanes, always in the same order.
     fn sum(self, a: Self::F) -> f32;
     /// The maximum of all lanes.
@@ -296,6 +298,15 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
+    fn partners<const STRIDE: usize>(self, a: __m256) -> __m256 {
+        with_features!(match STRIDE {
+            1 => _mm256_permute_ps::<0b10_11_00_01>(a),
+            2 => _mm256_permute_ps::<0b01_00_11_10>(a),
+            4 => _mm256_permute2f128_ps::<1>(a, a),
+            _ => unreachable!("a stride of {STRIDE}"),
+        })
+    }
+    #[inline(always)]
     fn sum(self, a: __m256) -> f32 {
         with_features!({
             let four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
@@ -449,6 +460,16 @@ impl Simd for Avx512 {
     fn keep(self, a: __m512, from: usize, to: usize, fill: __m512) -> __m512 {
         let inside = self.mask(to) & !self.mask(from);
         with_features!(_mm512_mask_mov_ps(fill, inside, a))
+    }
+    #[inline(always)]
+    fn partners<const STRIDE: usize>(self, a: __m512) -> __m512 {
+        with_features!(match STRIDE {
+            1 => _mm512_permute_ps::<0b10_11_00_01>(a),
+            2 => _mm512_permute_ps::<0b01_00_11_10>(a),
+            4 => _mm512_shuffle_f32x4::<0b10_11_00_01>(a, a),
+            8 => _mm512_shuffle_f32x4::<0b01_00_11_10>(a, a),
+            _ => unreachable!("a stride of {STRIDE}"),
+        })
     }
     #[inline(always)]
     fn sum(self, a: __m512) -> f32 {

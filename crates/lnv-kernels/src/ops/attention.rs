@@ -39,6 +39,9 @@ pub enum Precision {
     /// Where the processor has the bf16 dot product: queries, keys, values and probabilities rounded
     /// to bf16, sums and softmax in f32. Elsewhere as `F32`.
     Bf16,
+    /// Where the byte dot product is the fastest: queries, keys and values rounded to 8-bit integers
+    /// row by row, probabilities to 16-bit ones, sums exact and softmax in f32. Elsewhere as `Bf16`.
+    Int8,
 }
 
 impl Ops {
@@ -180,7 +183,9 @@ impl Ops {
             self,
             cpu::attention::full_attention(self.isa, qkv, (len, heads, (scale, precision)), out)
         );
-        let _ = precision;
+        if precision == Precision::Int8 {
+            return reference::bytes::full_attention(qkv, len, heads, scale, out);
+        }
         reference::full_attention(qkv, len, heads, scale, out);
     }
 }

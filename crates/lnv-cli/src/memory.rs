@@ -13,6 +13,17 @@ pub fn available() -> Option<u64> {
     line_of(&told, "MemAvailable:")
 }
 
+/// Bytes of the processor's largest cache.
+pub fn largest_cache() -> Option<u64> {
+    let caches = std::fs::read_dir("/sys/devices/system/cpu/cpu0/cache").ok()?;
+    let size = |cache: std::fs::DirEntry| -> Option<u64> {
+        let text = std::fs::read_to_string(cache.path().join("size")).ok()?;
+        let kib: u64 = text.trim().strip_suffix('K')?.parse().ok()?;
+        Some(kib << 10)
+    };
+    caches.flatten().filter_map(size).max()
+}
+
 /// The bytes on the line that begins with `name`.
 fn line_of(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;

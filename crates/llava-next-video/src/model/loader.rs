@@ -5,7 +5,9 @@
 //! let go), depending on what the [`Loader`] was made for; so the three cannot disagree.
 //!
 //! Loading streams: a tensor's pages are asked for while earlier ones are packed, read once, and given
-//! back. A quantised load peaks near its own size, whatever the size of the checkpoint.
+//! back. A quantised load peaks near its own size, whatever the size of the checkpoint. Where checkpoint
+//! and model do not fit into memory together, the system's cache is told to forget what was read: it
+//! could not keep it for the next start, and would have to be searched for room at every step.
 //!
 //! What a tensor's own treatment asks for (bitsandbytes' quantisation, or its undoing) is done to that
 //! tensor alone, right before its matrix is packed.
@@ -73,6 +75,8 @@ pub(super) struct Loading<'a> {
     pub(super) packed: bool,
     /// All weights, in the order of loading.
     pub(super) plan: Vec<PlannedWeight>,
+    /// Memory does not hold the checkpoint's files beside the model.
+    tight: bool,
     /// How many were loaded, and how many were asked for.
     progress: Cell<(usize, usize)>,
     /// Called with the bytes of the checkpoint that were read.
@@ -91,10 +95,16 @@ impl<'a> Loading<'a> {
         (plan, packed): (Vec<PlannedWeight>, bool),
         on_bytes: &'a dyn Fn(usize),
     ) -> Self {
+        let stored = |name: &String| checkpoint.stored_bytes(name);
+        let both = |weight: &PlannedWeight| -> usize {
+            weight.bytes + weight.tensors.iter().map(stored).sum::<usize>()
+        };
+        let needed = plan.iter().map(both).sum();
         Self {
             ops,
             checkpoint,
             packed,
+            tight: available_memory().is_some_and(|available| available < needed),
             plan,
             progress: Cell::default(),
             on_bytes,
@@ -125,8 +135,10 @@ impl<'a> Loading<'a> {
     fn end<'n>(&self, tensors: impl Iterator<Item = &'n str>) {
         for name in tensors {
             (self.on_bytes)(self.checkpoint.stored_bytes(name));
-            if !self.packed {
-                self.checkpoint.release(name);
+            match (self.packed, self.tight) {
+                (true, _) => {}
+                (false, false) => self.checkpoint.release(name),
+                (false, true) => self.checkpoint.forget(name),
             }
         }
     }
@@ -448,6 +460,17 @@ impl<'a> Loader<'a> {
             }
         }
     }
+}
+
+/// Bytes of memory that can be had without pushing programs out, caches of files counted as free;
+/// `None` where the system does not tell.
+fn available_memory() -> Option<usize> {
+    let told = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = told
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib << 10)
 }
 
 /// Values at a time: what stays in the nearest cache.

@@ -44,21 +44,22 @@ struct Shard {
 
 #[derive(Debug)]
 enum ShardBytes {
-    Mapped(Arc<Mmap>),
+    /// The map, and the file that it is of.
+    Mapped(Arc<Mmap>, std::fs::File),
     Static(&'static [u8]),
 }
 
 impl Shard {
     fn bytes(&self) -> &[u8] {
         match &self.bytes {
-            ShardBytes::Mapped(map) => map,
+            ShardBytes::Mapped(map, _) => map,
             ShardBytes::Static(bytes) => bytes,
         }
     }
 
     fn map(&self) -> Option<Arc<Mmap>> {
         match &self.bytes {
-            ShardBytes::Mapped(map) => Some(Arc::clone(map)),
+            ShardBytes::Mapped(map, _) => Some(Arc::clone(map)),
             ShardBytes::Static(_) => None,
         }
     }
@@ -309,7 +310,7 @@ impl Checkpoint {
             )));
         }
         let shared = match &shard.bytes {
-            ShardBytes::Mapped(map) => {
+            ShardBytes::Mapped(map, _) => {
                 PackedBytes::shared(Arc::clone(map) as _, range.clone()).ok()
             }
             ShardBytes::Static(_) => None,
@@ -359,6 +360,21 @@ impl Checkpoint {
         }
     }
 
+    /// Says that the tensor `name` was read and will not be read again: the system's cache of the file
+    /// need not keep it either.
+    pub fn forget(&self, name: &str) {
+        self.release(name);
+        #[cfg(target_os = "linux")]
+        if let Some(entry) = self.entries.get(name)
+            && let ShardBytes::Mapped(_, file) = &self.shards[entry.shard].bytes
+        {
+            use rustix::fs::{Advice, fadvise};
+            let len = std::num::NonZeroU64::new((entry.end - entry.start) as u64);
+            // Advice only.
+            let _ = fadvise(file, entry.start as u64, len, Advice::DontNeed);
+        }
+    }
+
     /// Reads every file from disk in the background, from the beginning of the first on.
     pub fn read_in_background(&self) {
         let maps: Vec<Arc<Mmap>> = self.shards.iter().filter_map(Shard::map).collect();
@@ -374,7 +390,7 @@ impl Checkpoint {
     fn mapped(&self, name: &str) -> Option<(&Mmap, &Entry)> {
         let entry = self.entries.get(name)?;
         match &self.shards[entry.shard].bytes {
-            ShardBytes::Mapped(map) => Some((map, entry)),
+            ShardBytes::Mapped(map, _) => Some((map, entry)),
             ShardBytes::Static(_) => None,
         }
     }
@@ -488,7 +504,7 @@ fn map_file(path: &Path) -> Result<Shard> {
     let map = unsafe { Mmap::map(&file) }.map_err(|cause| Error::io("map", path, &cause))?;
     Ok(Shard {
         name,
-        bytes: ShardBytes::Mapped(Arc::new(map)),
+        bytes: ShardBytes::Mapped(Arc::new(map), file),
     })
 }
 

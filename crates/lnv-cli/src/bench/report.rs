@@ -4,6 +4,7 @@ use serde_json::json;
 
 use super::rows::{Beside, Rows};
 use super::{Limits, Measured, Stage};
+use crate::memory;
 
 /// Everything that was measured.
 pub struct Report {
@@ -44,6 +45,7 @@ impl Report {
             "peak_gflops": l.peak.gflops,
             "peak_instruction": l.peak.instruction,
             "bandwidth_gbs": l.bandwidth_gbs,
+            "largest_cache_bytes": memory::largest_cache(),
             "vision_gflops": m.vision.rate(),
             "prefill_gflops": m.prefill.rate(),
             "decode_gbs": m.decode.rate(),
@@ -98,9 +100,15 @@ impl Report {
                 100.0 * stage.rate() / l.peak.gflops
             )
         };
+        let cache = memory::largest_cache().map_or(0.0, |bytes| bytes as f64);
         let stream = |name: &str, stage: &Stage, what: &str| {
+            // A share of memory's bandwidth says nothing about what need not come from memory.
+            let cached = match stage.needed < cache {
+                true => " (a cache may hold all of it)",
+                false => "",
+            };
             format!(
-                "{name:<8} {:>9.4} s   {:>7.1} GB/s     {:>5.1} % of the bandwidth   {what}\n",
+                "{name:<8} {:>9.4} s   {:>7.1} GB/s     {:>5.1} % of the bandwidth   {what}{cached}\n",
                 stage.seconds,
                 stage.rate(),
                 100.0 * stage.rate() / l.bandwidth_gbs,

@@ -15,7 +15,9 @@ use std::error::Error;
 use std::path::Path;
 use std::process::ExitCode;
 
-use llava_next_video::config::{CheckpointFiles, Dtype, Quantization};
+use llava_next_video::config::{
+    BitsAndBytesConfig, BitsAndBytesKind, CheckpointFiles, Dtype, QuantType, Quantization,
+};
 use llava_next_video::model::{ForwardOptions, LlavaNextVideoModel, LoadOptions};
 use llava_next_video::processor::inputs::ModelInputs;
 use llava_next_video::processor::tokenizer::Tokenizer;
@@ -34,6 +36,8 @@ enum Bound {
     /// Perplexity within so many percent of f32's, either way, and the likeliest token the same in so
     /// many percent of the places.
     Near { perplexity: f64, agreement: f64 },
+    /// Perplexity and divergence at most those of another format, which is listed before.
+    Under { format: &'static str },
 }
 
 /// A way to load the weights.
@@ -76,14 +80,39 @@ const FORMATS: &[Format] = &[
         },
     },
     Format {
-        name: "q4",
-        options: || quantized(Quantization::Q4),
+        name: "nf4",
+        options: || bitsandbytes(BitsAndBytesKind::FourBit(QuantType::Nf4)),
         bound: Bound::Near {
-            perplexity: 25.0,
+            perplexity: 30.0,
             agreement: 65.0,
         },
     },
+    Format {
+        name: "q4",
+        options: || quantized(Quantization::Q4),
+        bound: Bound::Under { format: "nf4" },
+    },
+    Format {
+        name: "fp4",
+        options: || bitsandbytes(BitsAndBytesKind::FourBit(QuantType::Fp4)),
+        bound: Bound::Near {
+            perplexity: 60.0,
+            agreement: 55.0,
+        },
+    },
+    Format {
+        name: "int8",
+        options: || bitsandbytes(BitsAndBytesKind::Int8),
+        bound: Bound::Near {
+            perplexity: 5.0,
+            agreement: 85.0,
+        },
+    },
 ];
+
+fn bitsandbytes(kind: BitsAndBytesKind) -> LoadOptions<'static> {
+    quantized(Quantization::BitsAndBytes(BitsAndBytesConfig::of(kind)))
+}
 
 fn quantized(quantization: Quantization) -> LoadOptions<'static> {
     LoadOptions {
@@ -193,7 +222,11 @@ fn run() -> Result<bool, Box<dyn Error>> {
         good = false;
     }
     for (format, own) in args.formats.iter().zip(&figures) {
-        for complaint in complaints(format, own) {
+        let other = |name: &str| {
+            let place = args.formats.iter().position(|format| format.name == name)?;
+            Some(&figures[place])
+        };
+        for complaint in complaints(format, own, other) {
             println!("{}: {complaint}", format.name);
             good = false;
         }
@@ -206,21 +239,34 @@ fn beyond(value: f64, allowed: f64) -> bool {
     value.is_nan() || value.abs() > allowed
 }
 
-/// How a format is out of its bounds.
-fn complaints(format: &Format, own: &Figures) -> Vec<String> {
+/// How a format is out of its bounds; `other` finds the figures of another one, where it was measured.
+fn complaints<'a>(
+    format: &Format,
+    own: &Figures,
+    other: impl Fn(&str) -> Option<&'a Figures>,
+) -> Vec<String> {
     let mut complaints = Vec::new();
-    let Bound::Near {
-        perplexity,
-        agreement,
-    } = format.bound
-    else {
-        return complaints;
-    };
-    if beyond(own.change, perplexity) {
-        complaints.push(format!("perplexity is more than {perplexity} % off"));
-    }
-    if own.agreement < agreement {
-        complaints.push(format!("agrees in less than {agreement} % of the places"));
+    match format.bound {
+        Bound::Baseline => {}
+        Bound::Near {
+            perplexity,
+            agreement,
+        } => {
+            if beyond(own.change, perplexity) {
+                complaints.push(format!("perplexity is more than {perplexity} % off"));
+            }
+            if own.agreement < agreement {
+                complaints.push(format!("agrees in less than {agreement} % of the places"));
+            }
+        }
+        Bound::Under { format } => {
+            let worse = |other: &Figures| {
+                own.perplexity > other.perplexity || own.divergence > other.divergence
+            };
+            if other(format).is_some_and(worse) {
+                complaints.push(format!("loses more than {format}"));
+            }
+        }
     }
     complaints
 }

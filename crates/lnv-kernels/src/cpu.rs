@@ -32,6 +32,14 @@ mod widen;
 
 use rayon::prelude::*;
 
+/// Whether Intel made the processor.
+#[allow(unused_unsafe)] // a later Rust than this crate asks for calls the instruction safe
+pub(crate) fn is_intel() -> bool {
+    // SAFETY: every x86-64 processor has the instruction.
+    let vendor = unsafe { std::arch::x86_64::__cpuid(0) };
+    [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes) == [*b"Genu", *b"ineI", *b"ntel"]
+}
+
 /// Values below which waking other threads costs more than it brings.
 const SERIAL: usize = 1 << 14;
 

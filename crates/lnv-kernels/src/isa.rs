@@ -121,8 +121,7 @@ impl Isa {
 /// multiplications of f32 (383 GFLOP/s). AMD's start two.
 #[cfg(target_arch = "x86_64")]
 fn has_slow_bf16() -> bool {
-    let vendor = std::arch::x86_64::__cpuid(0);
-    [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes) == [*b"Genu", *b"ineI", *b"ntel"]
+    crate::cpu::is_intel()
 }
 
 /// As above.

@@ -1,8 +1,7 @@
 //! The rotation of `weight/rotate.rs` in registers.
 //!
 //! Decision: levels wider than a register go through the nearest cache, where a block of 2 KB stays;
-//! narrower ones and the scale are done in one visit. A rotation takes a hundredth of the time of the
-//! product that it prepares. The additions are those of the slow twin: a sign is applied by a fused
+//! narrower ones and the scale are done in one visit. The additions are those of the slow twin: a sign is applied by a fused
 //! multiplication with 1 or -1, which rounds nothing.
 
 use crate::cpu::simd::{Kernel, Simd, launch};

@@ -8,9 +8,9 @@
 //! codes of k (low) and k + 4 (high), so that a mask, and a shift and a mask, give what the table
 //! takes. k is padded to a multiple of 64 with values of zero.
 //!
-//! Weights are not rotated as 8-bit ones are (`rotate.rs`): channels in which activations are large
-//! tend to have small weights, which these levels round finely where they are; a rotation mixes them
-//! with the rest (SmolLM2-135M: a divergence of 0.29 where this has 0.21 and NF4 0.25). Activations have
+//! Weights are not rotated as 8-bit ones are (`rotate.rs`): on SmolLM2-135M that has a divergence of 0.29
+//! where this has 0.21 and NF4 0.25. Perhaps because channels in which activations are large tend to
+//! have small weights, which these levels round finely and a rotation mixes with the rest. Activations have
 //! a step for each group instead.
 //!
 //! The scale is searched, not computed from the largest value: of [`PEAKS`], places where the group's

@@ -1,7 +1,7 @@
 //! Products with quantised weights: what a step does, and how activations become bytes.
 //!
-//! Decision: the loop nest is that of every other format. Rows are rotated (`weight/rotate.rs`), then
-//! quantised. 8-bit sums stay integers from the first
+//! Decision: the loop nest is that of every other format. Rows for 8-bit weights
+//! are rotated (`weight/rotate.rs`) before they are quantised. 8-bit sums stay integers from the first
 //! block of k to the last, as the bits of the waiting sums; scales come with the epilogue. The 128
 //! that is added to each weight code adds 128 times the sum of the row's codes, which the row's head
 //! takes off again. A step of 4-bit weights is a group of 64: its integer sums live in registers,

@@ -8,6 +8,7 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod activation;
+pub(crate) mod amx;
 pub(crate) mod attention;
 mod bnb;
 mod byte_attention;

@@ -24,16 +24,19 @@ pub enum Isa {
     Avx512Vnni,
     /// The same with the bf16 dot product.
     Avx512Bf16,
+    /// The same with the tile registers of AMX for bytes and bf16.
+    Amx,
 }
 
 impl Isa {
     /// All instruction sets, from slow to fast.
-    const ALL: [Isa; 5] = [
+    const ALL: [Isa; 6] = [
         Isa::Scalar,
         Isa::Avx2,
         Isa::Avx512,
         Isa::Avx512Vnni,
         Isa::Avx512Bf16,
+        Isa::Amx,
     ];
 
     /// The fastest instruction set of this processor, or the one that `LNV_ISA` names.
@@ -74,6 +77,7 @@ impl Isa {
             Isa::Avx512 => avx512,
             Isa::Avx512Vnni => vnni,
             Isa::Avx512Bf16 => vnni && is_x86_feature_detected!("avx512bf16"),
+            Isa::Amx => Isa::Avx512Bf16.is_available() && crate::cpu::amx::is_available(),
         }
     }
 
@@ -138,6 +142,7 @@ impl fmt::Display for Isa {
             Isa::Avx512 => "avx512",
             Isa::Avx512Vnni => "avx512vnni",
             Isa::Avx512Bf16 => "avx512bf16",
+            Isa::Amx => "amx",
         })
     }
 }
@@ -186,7 +191,7 @@ mod tests {
         assert!(
             error
                 .to_string()
-                .contains("scalar, avx2, avx512, avx512vnni or avx512bf16"),
+                .contains("scalar, avx2, avx512, avx512vnni, avx512bf16 or amx"),
             "{error}"
         );
         assert_eq!(Isa::available()[0], Isa::Scalar);

@@ -97,7 +97,7 @@ pub(crate) fn full_attention(
         (Precision::Bf16 | Precision::Int8, Isa::Avx512Bf16) => {
             return dot_attention::full_attention(qkv, (len, heads, scale), out);
         }
-        (Precision::Int8, Isa::Avx512Vnni) => {
+        (Precision::Int8, Isa::Avx512Vnni | Isa::Amx) => {
             return byte_attention::full_attention(qkv, (len, heads, scale), out);
         }
         _ => {}

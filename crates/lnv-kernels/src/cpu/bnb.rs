@@ -15,8 +15,9 @@
 use std::marker::PhantomData;
 
 use crate::buffer::{Buffer, Vector};
+use crate::cpu::amx::{AmxBnb4, AmxInt8};
 use crate::cpu::formats::{DotBf16, Format, Head, fetch_line};
-use crate::cpu::gemm::product;
+use crate::cpu::gemm::{TILED, product};
 use crate::cpu::int::{Dot, Vnni, Widened};
 use crate::cpu::quantised::Q8;
 use crate::cpu::simd::{Kernel, Simd, launch};
@@ -41,7 +42,9 @@ pub(crate) fn linear(
     out: &mut Buffer,
 ) {
     let WeightDtype::Bnb4(of) = w.dtype() else {
-        if isa >= Isa::Avx512Vnni {
+        if isa == Isa::Amx && x.rows() >= TILED {
+            product::<AmxInt8>(isa, x, w, finish, out);
+        } else if isa >= Isa::Avx512Vnni {
             product::<Int8<Vnni>>(isa, x, w, finish, out);
         } else {
             product::<Int8<Widened>>(isa, x, w, finish, out);
@@ -52,6 +55,8 @@ pub(crate) fn linear(
     match (of.code, of.compute) {
         (Code4::Nf4, Compute::F32) => product::<Bnb4<Wide, Nf4F32>>(isa, x, w, finish, out),
         (Code4::Fp4, Compute::F32) => product::<Bnb4<Wide, Fp4F32>>(isa, x, w, finish, out),
+        (Code4::Nf4, _) if isa == Isa::Amx => product::<AmxBnb4<Nf4Bf16>>(isa, x, w, finish, out),
+        (Code4::Fp4, _) if isa == Isa::Amx => product::<AmxBnb4<Fp4Bf16>>(isa, x, w, finish, out),
         (Code4::Nf4, _) if pairs => product::<Bnb4<Pairs, Nf4Bf16>>(isa, x, w, finish, out),
         (Code4::Fp4, _) if pairs => product::<Bnb4<Pairs, Fp4Bf16>>(isa, x, w, finish, out),
         (Code4::Nf4, _) => product::<Bnb4<Wide, Nf4Bf16>>(isa, x, w, finish, out),
@@ -60,7 +65,7 @@ pub(crate) fn linear(
 }
 
 /// What codes stand for in products.
-trait Values: Copy + Send + Sync + 'static {
+pub(crate) trait Values: Copy + Send + Sync + 'static {
     const NUMBERS: Numbers;
     /// The values as bf16, twice.
     const PAIRS: [u16; 32] = {
@@ -76,7 +81,7 @@ trait Values: Copy + Send + Sync + 'static {
 macro_rules! values {
     ($($name:ident $code:ident $compute:ident)*) => {$(
         #[derive(Clone, Copy)]
-        struct $name;
+        pub(crate) struct $name;
         impl Values for $name {
             const NUMBERS: Numbers = Numbers::of(Code4::$code, Compute::$compute);
         }
@@ -85,7 +90,7 @@ macro_rules! values {
 values!(Nf4F32 Nf4 F32  Nf4Bf16 Nf4 Bf16  Fp4F32 Fp4 F32  Fp4Bf16 Fp4 Bf16);
 
 /// One way to multiply looked-up values.
-trait Multiplier: Copy + Send + Sync + 'static {
+pub(crate) trait Multiplier: Copy + Send + Sync + 'static {
     /// Values of k in a lane of a looked-up register.
     const LANE_K: usize;
     fn launch<K: Kernel>(isa: Isa, kernel: K);
@@ -109,7 +114,7 @@ trait Multiplier: Copy + Send + Sync + 'static {
 
 /// Pairs of bf16.
 #[derive(Clone, Copy)]
-struct Pairs;
+pub(crate) struct Pairs;
 
 impl Multiplier for Pairs {
     const LANE_K: usize = 2;
@@ -187,7 +192,7 @@ impl Multiplier for Wide {
 
 /// 4-bit weights, looked up in the step.
 #[derive(Clone, Copy)]
-struct Bnb4<M, T>(PhantomData<(M, T)>);
+pub(crate) struct Bnb4<M, T>(PhantomData<(M, T)>);
 
 impl<M: Multiplier, T: Values> Format for Bnb4<M, T> {
     const COLUMN_BYTES: usize = GROUP_BYTES / PANEL;
@@ -322,7 +327,7 @@ const AHEAD: usize = 4 << 10;
 
 /// The values of 4-bit weights in scratch: what [`Bnb4`] unpacks to.
 #[derive(Clone, Copy)]
-struct Unpacked<M>(PhantomData<M>);
+pub(crate) struct Unpacked<M>(PhantomData<M>);
 
 impl<M: Multiplier> Format for Unpacked<M> {
     type Unpacked = Self;
@@ -372,7 +377,7 @@ impl<M: Multiplier> Format for Unpacked<M> {
 
 /// LLM.int8() weights: the step of 8-bit weights, with the scales of bitsandbytes.
 #[derive(Clone, Copy)]
-struct Int8<D>(PhantomData<D>);
+pub(crate) struct Int8<D>(PhantomData<D>);
 
 impl<D: Dot> Format for Int8<D> {
     type Unpacked = Self;

@@ -7,6 +7,8 @@
 
 use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 
+use crate::cpu::amx::Tiles;
+use crate::cpu::gemm::Tile;
 use crate::cpu::simd::{Kernel, Simd, launch, launch_bf16_dot};
 use crate::isa::Isa;
 use crate::weight::q8::Step;
@@ -30,6 +32,20 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
     type Unpacked: Format;
     /// Whether there is something to unpack.
     const UNPACKS: bool = false;
+    /// Elements of a row that lie together for the tile registers of AMX, which then multiply; else 1.
+    const UNIT: usize = 1;
+    /// Steps that have so many elements, at least one.
+    const UNIT_STEPS: usize = if Self::UNIT > Self::A_PER_STEP {
+        Self::UNIT / Self::A_PER_STEP
+    } else {
+        1
+    };
+    /// Bytes of a panel between two changes of tile.
+    const PANEL_BLOCK: usize = if Self::UNIT > 1 { 16 << 10 } else { 64 << 10 };
+    /// Bytes of packed activations that stay in the second-level cache.
+    const ROWS_BLOCK: usize = if Self::UNIT > 1 { 384 << 10 } else { 768 << 10 };
+    /// Panels whose waiting sums a task keeps.
+    const PANEL_GROUP: usize = if Self::UNIT > 1 { 8 } else { 16 };
 
     /// Rows of the largest tile: its sums fill the registers but for the operands.
     fn tile_rows(isa: Isa) -> usize {
@@ -98,6 +114,16 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
         w: *const u8,
         first: usize,
     );
+
+    /// The sums `[rows, PANEL]` of a tile, new or continued, by the tile registers of AMX, if there is a
+    /// [`Format::UNIT`].
+    ///
+    /// # Safety
+    /// The registers are set up for the tile's rows. Only inside [`Format::launch`].
+    #[inline(always)]
+    unsafe fn amx_tile<S: Simd>(_: S, _: &Tiles, _: &Tile<'_>, _sums: &mut [f32], _more: bool) {
+        unreachable!("a format without AMX. This is a bug.");
+    }
 
     /// Unpacks the steps at `w` to `out`, if [`Format::UNPACKS`].
     #[inline(always)]

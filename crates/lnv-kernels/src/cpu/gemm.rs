@@ -10,42 +10,35 @@
 //! Every sum is one ascending chain over k, continued from block to block, in whatever tile the row
 //! happens to be: the row's bits depend on nothing else. (Sums of bytes are exact in any order.)
 
+mod pack;
+mod plan;
+
 use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
 use std::cell::Cell;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use rayon::prelude::*;
-
+use self::pack::Pack;
+use self::plan::{Plan, part};
 use crate::buffer::{Aligned, Buffer, Vector};
 use crate::cpu::activation::activation;
+use crate::cpu::amx::{AmxBf16, AmxQ4, AmxQ8, Tiles};
 use crate::cpu::bnb::{self, Outliers, add_outliers};
 use crate::cpu::formats::{DotBf16, Format, Head, WideBf16, WideF16, WideF32};
 use crate::cpu::int::{Vnni, Widened};
 use crate::cpu::quantised::{Q4, Q8};
-use crate::cpu::rotate::rotate_row;
 use crate::cpu::scratch::{Shared, with};
 use crate::cpu::simd::{Kernel, Simd};
 use crate::isa::Isa;
 use crate::ops::Epilogue;
-use crate::weight::q8::Step;
 use crate::weight::{PANEL, Weight, WeightDtype};
 
-/// Bytes of a panel between two changes of tile: half the second-level cache stays for nothing
-/// else.
-const PANEL_BLOCK: usize = 64 << 10;
-/// Bytes of packed activations that stay in the second-level cache.
-const ROWS_BLOCK: usize = 768 << 10;
-/// Values of k of a tile's rows that are packed before the next ones.
-const PACK: usize = 256;
-/// Rows of the largest tile of any format.
-const MOST_ROWS: usize = 12;
-/// Panels whose waiting sums a task keeps.
-const PANEL_GROUP: usize = 16;
 /// How far ahead of the arithmetic a panel is fetched, in bytes.
 const PREFETCH: usize = 8 << 10;
-/// Multiplications below which waking other threads costs more than it brings.
-const SERIAL: usize = 1 << 16;
+
+/// Rows from which the tile registers of AMX multiply bytes; for fewer, which bits do not tell from it, the
+/// byte dot product has less to lay out.
+pub(crate) const TILED: usize = 4;
 
 thread_local! {
     static PACKED: Cell<Option<Aligned<u32>>> = const { Cell::new(None) };
@@ -63,11 +56,15 @@ pub(crate) fn linear(
     finish: (Option<&Vector>, Epilogue),
     out: &mut Buffer,
 ) {
+    let tiled = isa == Isa::Amx && x.rows() >= TILED;
     match w.dtype() {
         WeightDtype::F32 => product::<WideF32>(isa, x, w, finish, out),
         WeightDtype::F16 => product::<WideF16>(isa, x, w, finish, out),
+        WeightDtype::Bf16 if isa == Isa::Amx => product::<AmxBf16>(isa, x, w, finish, out),
         WeightDtype::Bf16 if isa == Isa::Avx512Bf16 => product::<DotBf16>(isa, x, w, finish, out),
         WeightDtype::Bf16 => product::<WideBf16>(isa, x, w, finish, out),
+        WeightDtype::Q8 if tiled => product::<AmxQ8>(isa, x, w, finish, out),
+        WeightDtype::Q4 if tiled => product::<AmxQ4>(isa, x, w, finish, out),
         WeightDtype::Q8 if isa >= Isa::Avx512Vnni => product::<Q8<Vnni>>(isa, x, w, finish, out),
         WeightDtype::Q8 => product::<Q8<Widened>>(isa, x, w, finish, out),
         WeightDtype::Q4 if isa >= Isa::Avx512Vnni => product::<Q4<Vnni>>(isa, x, w, finish, out),
@@ -145,213 +142,6 @@ fn pack<F: Format>(isa: Isa, plan: &Plan, x: &[f32], packed: &mut [u32], heads: 
     });
 }
 
-/// How a product is cut.
-struct Plan {
-    isa: Isa,
-    rows: usize,
-    n: usize,
-    k: usize,
-    /// Steps over all of k, and in a block of k.
-    steps: usize,
-    block_steps: usize,
-    /// Packed elements of a row in a step.
-    a_per_step: usize,
-    /// Bytes of a panel's columns in a step, and of a panel.
-    step_bytes: usize,
-    panel_bytes: usize,
-    /// Bytes of a panel's block of k, unpacked; 0 if nothing is unpacked.
-    unpacked_len: usize,
-    tile_rows: usize,
-    tiles: usize,
-    row_blocks: usize,
-    panels: usize,
-    panel_groups: usize,
-    serial: bool,
-}
-
-impl Plan {
-    fn new<F: Format>(isa: Isa, rows: usize, n: usize, k: usize) -> Plan {
-        let tile_rows = F::tile_rows(isa);
-        let tiles = rows.div_ceil(tile_rows);
-        let steps = k.div_ceil(F::STEP_K);
-        let panels = n.div_ceil(PANEL);
-        let threads = rayon::current_num_threads();
-        let (mut block_steps, mut row_blocks) = (steps.max(1), 1);
-        if tiles > 1 {
-            let most = PANEL_BLOCK / (PANEL * F::Unpacked::COLUMN_BYTES);
-            block_steps = steps.div_ceil(steps.div_ceil(most).max(1)).max(1);
-            let tile_bytes = block_steps * F::A_PER_STEP * 4 * tile_rows;
-            row_blocks = tiles.div_ceil((ROWS_BLOCK / tile_bytes).max(1));
-        }
-        let wanted = (4 * threads).div_ceil(row_blocks);
-        let least = if steps > block_steps {
-            panels.div_ceil(PANEL_GROUP)
-        } else {
-            1
-        };
-        let panel_groups = wanted.max(least).min(panels);
-        let serial = threads == 1 || rows * n * k <= SERIAL;
-        let step_bytes = PANEL * F::COLUMN_BYTES;
-        let unpacked_len = if F::UNPACKS && tiles > 1 {
-            block_steps * PANEL * F::Unpacked::COLUMN_BYTES
-        } else {
-            0
-        };
-        Plan {
-            unpacked_len,
-            isa,
-            rows,
-            n,
-            k,
-            steps,
-            block_steps,
-            a_per_step: F::A_PER_STEP,
-            step_bytes,
-            panel_bytes: steps * step_bytes + F::TAIL_BYTES,
-            tile_rows,
-            tiles,
-            row_blocks,
-            panels,
-            panel_groups,
-            serial,
-        }
-    }
-
-    /// Runs `work` for each index, in parallel if that pays.
-    fn each(&self, count: usize, work: impl Fn(usize) + Send + Sync) {
-        if self.serial || count == 1 {
-            (0..count).for_each(work);
-        } else {
-            (0..count).into_par_iter().with_max_len(1).for_each(work);
-        }
-    }
-
-    fn packed_len(&self) -> usize {
-        self.rows * self.steps * self.a_per_step
-    }
-
-    /// Sums of a task that wait: of one tile, if k is not cut.
-    fn sums_len(&self) -> usize {
-        let panels = self.panels.div_ceil(self.panel_groups);
-        let rows = self.rows.div_ceil(self.tiles) * self.tiles.div_ceil(self.row_blocks);
-        if self.block_steps < self.steps {
-            panels * rows * PANEL
-        } else {
-            rows.min(self.tile_rows) * PANEL
-        }
-    }
-
-    /// The rows of a tile.
-    fn tile(&self, tile: usize) -> Range<usize> {
-        tile * self.rows / self.tiles..(tile + 1) * self.rows / self.tiles
-    }
-
-    /// The tiles of a block of rows.
-    fn tiles_of(&self, block: usize) -> Range<usize> {
-        part(self.tiles, self.row_blocks, block)
-    }
-
-    /// The rows of the block that a tile is in.
-    fn block_of(&self, tile: usize) -> Range<usize> {
-        let inside = |block: &usize| self.tiles_of(*block).contains(&tile);
-        let tiles = self.tiles_of((0..self.row_blocks).find(inside).unwrap_or(0));
-        self.rows_of(&tiles)
-    }
-
-    fn rows_of(&self, tiles: &Range<usize>) -> Range<usize> {
-        self.tile(tiles.start).start..self.tile(tiles.end - 1).end
-    }
-
-    /// The blocks of k, as steps.
-    fn step_blocks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
-        let (steps, block) = (self.steps, self.block_steps);
-        (0..steps)
-            .step_by(block)
-            .map(move |start| start..steps.min(start + block))
-    }
-
-    /// Where a tile's packed elements of a block of k start: blocks of rows, in them blocks of k,
-    /// in them tiles, in them steps, in them the tile's rows side by side.
-    fn packed_at(&self, block: &Range<usize>, first_row: usize, steps: &Range<usize>) -> usize {
-        let before = block.start * self.steps + block.len() * steps.start;
-        (before + (first_row - block.start) * steps.len()) * self.a_per_step
-    }
-}
-
-/// Part `index` of `0..len` cut into `parts`.
-fn part(len: usize, parts: usize, index: usize) -> Range<usize> {
-    index * len / parts..(index + 1) * len / parts
-}
-
-/// Packs the activations of one tile.
-struct Pack<'a, F> {
-    plan: &'a Plan,
-    x: &'a [f32],
-    tile: usize,
-    /// Room for the tile's rows after their rotation, if there is one.
-    rotated: &'a mut [f32],
-    packed: Shared<u32>,
-    heads: Shared<Head>,
-    format: PhantomData<F>,
-}
-
-impl<F: Format> Kernel for Pack<'_, F> {
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let plan = self.plan;
-        let (rows, block) = (plan.tile(self.tile), plan.block_of(self.tile));
-        let mut values = &self.x[rows.start * plan.k..rows.end * plan.k];
-        if F::ROTATES {
-            self.rotated.copy_from_slice(values);
-            for row in self.rotated.chunks_exact_mut(plan.k.max(1)) {
-                rotate_row(s, row);
-            }
-            values = self.rotated;
-        }
-        let x = |row: usize| &values[(row - rows.start) * plan.k..][..plan.k];
-        let mut quantised = [(Step::default(), 0i32); MOST_ROWS];
-        if F::HEADS {
-            for (row, (step, _)) in rows.clone().zip(&mut quantised) {
-                *step = F::step_of(s, x(row));
-            }
-        }
-        for steps in plan.step_blocks() {
-            let at = plan.packed_at(&block, rows.start, &steps);
-            // Few steps of all rows at a time, so that a line is written while it is near.
-            for first in steps.clone().step_by(PACK / F::STEP_K) {
-                let part = first..steps.end.min(first + PACK / F::STEP_K);
-                let columns = part.start * F::STEP_K..plan.k.min(part.end * F::STEP_K);
-                let elements = part.len() * F::A_PER_STEP;
-                let at = at + (part.start - steps.start) * F::A_PER_STEP * rows.len();
-                for (index, row) in rows.clone().enumerate() {
-                    let (step, correction) = &mut quantised[index];
-                    let x = &x(row)[columns.clone()];
-                    // SAFETY: the tile's elements of this block of k start at packed_at, as many as
-                    // elements * rows, which is inside packed_len and no other tile's.
-                    let lacking = unsafe {
-                        F::pack_row(
-                            s,
-                            x,
-                            *step,
-                            elements,
-                            self.packed.at(at + index),
-                            rows.len(),
-                        )
-                    };
-                    *correction = correction.wrapping_add(lacking);
-                }
-            }
-        }
-        if F::HEADS {
-            for (row, (step, correction)) in rows.zip(quantised) {
-                let scale = step.scale;
-                // SAFETY: there is a head for each row, and this row is no other tile's.
-                unsafe { *self.heads.at(row) = Head { scale, correction } };
-            }
-        }
-    }
-}
-
 /// What all tasks of a product share.
 struct Product<'a> {
     plan: &'a Plan,
@@ -385,38 +175,46 @@ impl<F: Format> Kernel for Task<'_, F> {
             self.task % plan.panel_groups,
         );
         let block = plan.rows_of(&tiles);
-        let waits = plan.block_steps < plan.steps;
-        let unpacks = F::UNPACKS && tiles.len() > 1;
-        for steps in plan.step_blocks() {
-            for panel in group.clone() {
-                let w = panel * plan.panel_bytes + steps.start * plan.step_bytes;
-                let mut w = &product.panels[w..w + steps.len() * plan.step_bytes];
-                if unpacks {
-                    let len = steps.len() * PANEL * F::Unpacked::COLUMN_BYTES;
-                    F::unpack(s, w, &mut self.unpacked[..len]);
-                    w = &self.unpacked[..len];
+        let unpacks = F::UNPACKS && (tiles.len() > 1 || F::UNIT > 1);
+        let mut registers = (F::UNIT > 1).then(Tiles::new);
+        let mut blocks = plan.order(&group).peekable();
+        while let Some((steps, panel)) = blocks.next() {
+            let mut w = product.block(panel, &steps);
+            let next = blocks
+                .peek()
+                .map(|(steps, panel)| product.block(*panel, steps));
+            if unpacks {
+                let len = steps.len() * PANEL * F::Unpacked::COLUMN_BYTES;
+                F::unpack(s, w, &mut self.unpacked[..len]);
+                w = &self.unpacked[..len];
+            }
+            for tile in tiles.clone() {
+                let rows = plan.tile(tile);
+                let at = plan.packed_at(&block, rows.start, &steps);
+                let a = &product.packed[at..at + plan.elements(rows.len(), &steps)];
+                let waiting = (panel - group.start) * block.len() + rows.start - block.start;
+                let at = if plan.waits() { waiting * PANEL } else { 0 };
+                let sums = &mut self.sums[at..at + rows.len() * PANEL];
+                let ahead = Ahead::of(next, tile - tiles.start, tiles.len());
+                let tile = Tile {
+                    a,
+                    w,
+                    steps: steps.len(),
+                    result: (steps.end == plan.steps).then(|| product.place(rows.start, panel)),
+                    ahead,
+                };
+                let more = steps.start > 0;
+                if let Some(registers) = &mut registers {
+                    registers.set(rows.len());
+                    // SAFETY: they are set up, and this is inside the format's launch.
+                    unsafe { F::amx_tile(s, registers, &tile, sums, more) };
+                } else if unpacks {
+                    any_tile::<F::Unpacked>(plan.isa, &tile, sums, more);
+                } else {
+                    any_tile::<F>(plan.isa, &tile, sums, more);
                 }
-                for tile in tiles.clone() {
-                    let rows = plan.tile(tile);
-                    let at = plan.packed_at(&block, rows.start, &steps);
-                    let a = &product.packed[at..at + steps.len() * F::A_PER_STEP * rows.len()];
-                    let waiting = (panel - group.start) * block.len() + rows.start - block.start;
-                    let at = if waits { waiting * PANEL } else { 0 };
-                    let sums = &mut self.sums[at..at + rows.len() * PANEL];
-                    let tile = Tile {
-                        a,
-                        w,
-                        steps: steps.len(),
-                        result: (steps.end == plan.steps).then(|| product.place(rows.start, panel)),
-                    };
-                    if unpacks {
-                        any_tile::<F::Unpacked>(plan.isa, &tile, sums, steps.start > 0);
-                    } else {
-                        any_tile::<F>(plan.isa, &tile, sums, steps.start > 0);
-                    }
-                    if steps.end == plan.steps {
-                        product.finish::<S, F>(s, rows, panel, sums);
-                    }
+                if steps.end == plan.steps {
+                    product.finish::<S, F>(s, rows, panel, sums);
                 }
             }
         }
@@ -424,6 +222,13 @@ impl<F: Format> Kernel for Task<'_, F> {
 }
 
 impl Product<'_> {
+    /// A panel's block of k, packed.
+    #[inline(always)]
+    fn block(&self, panel: usize, steps: &Range<usize>) -> &[u8] {
+        let start = panel * self.plan.panel_bytes + steps.start * self.plan.step_bytes;
+        &self.panels[start..start + steps.len() * self.plan.step_bytes]
+    }
+
     #[inline(always)]
     fn place(&self, row: usize, panel: usize) -> Place {
         let stride = self.plan.n;
@@ -523,12 +328,58 @@ unsafe fn load<S: Simd, const WHOLE: bool>(s: S, p: *const f32, live: usize) -> 
 }
 
 /// One tile of rows times one panel, over one block of k.
-struct Tile<'a> {
-    a: &'a [u32],
-    w: &'a [u8],
-    steps: usize,
+pub(crate) struct Tile<'a> {
+    pub(crate) a: &'a [u32],
+    pub(crate) w: &'a [u8],
+    pub(crate) steps: usize,
     /// Where its sums will go, if they are complete.
     result: Option<Place>,
+    /// What is read after this panel.
+    pub(crate) ahead: Ahead,
+}
+
+/// Memory to be fetched meanwhile.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Ahead {
+    at: usize,
+    /// Lines in all, and lines at a time.
+    lines: usize,
+    part: usize,
+}
+
+impl Ahead {
+    /// Part `index` of `parts` of these bytes.
+    fn of(bytes: Option<&[u8]>, index: usize, parts: usize) -> Ahead {
+        let Some(bytes) = bytes else {
+            return Ahead::default();
+        };
+        let lines = part(bytes.len().div_ceil(64), parts, index);
+        Ahead {
+            at: bytes.as_ptr() as usize + lines.start * 64,
+            lines: lines.len(),
+            part: 0,
+        }
+    }
+
+    /// Spread over so many calls of [`Ahead::fetch`].
+    #[inline(always)]
+    pub(crate) fn over(self, calls: usize) -> Ahead {
+        let part = self.lines.div_ceil(calls.max(1));
+        Ahead { part, ..self }
+    }
+
+    /// Fetches a part into the second-level cache.
+    #[inline(always)]
+    pub(crate) fn fetch(&mut self) {
+        let count = self.part.min(self.lines);
+        for line in 0..count {
+            let line = std::ptr::without_provenance::<i8>(self.at + line * 64);
+            // SAFETY: a prefetch of any address is harmless.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(line) };
+        }
+        self.at += count * 64;
+        self.lines -= count;
+    }
 }
 
 /// A tile's place in the result, to be fetched in time.
@@ -654,7 +505,7 @@ pub(crate) fn spin(isa: Isa, dtype: WeightDtype, times: usize) -> Spun {
     match dtype {
         WeightDtype::F32 => spin_format::<WideF32>(isa, times),
         WeightDtype::F16 => spin_format::<WideF16>(isa, times),
-        WeightDtype::Bf16 if isa == Isa::Avx512Bf16 => spin_format::<DotBf16>(isa, times),
+        WeightDtype::Bf16 if isa >= Isa::Avx512Bf16 => spin_format::<DotBf16>(isa, times),
         WeightDtype::Bf16 => spin_format::<WideBf16>(isa, times),
         WeightDtype::Q8 if isa >= Isa::Avx512Vnni => spin_format::<Q8<Vnni>>(isa, times),
         WeightDtype::Q8 => spin_format::<Q8<Widened>>(isa, times),
@@ -684,6 +535,7 @@ fn spin_format<F: Format>(isa: Isa, times: usize) -> Spun {
         w: &w,
         steps,
         result: None,
+        ahead: Ahead::default(),
     };
     for _ in 0..times {
         any_tile::<F>(isa, std::hint::black_box(&tile), &mut sums, true);

@@ -199,6 +199,19 @@ impl<D: Dot> Format for Q4<D> {
 
     #[inline(always)]
     fn unpack<S: Simd>(s: S, w: &[u8], out: &mut [u8]) {
+        Self::unpack_as::<S, false>(s, w, out);
+    }
+}
+
+impl<D: Dot> Q4<D> {
+    /// [`Format::unpack`], by request to signed bytes: without the 128 that is added to each level.
+    #[inline(always)]
+    pub(crate) fn unpack_as<S: Simd, const SIGNED: bool>(s: S, w: &[u8], out: &mut [u8]) {
+        let zero = s.splat_i(if SIGNED {
+            i32::from_ne_bytes([q4::ZERO; 4])
+        } else {
+            0
+        });
         let groups = out.chunks_exact_mut(BYTES_GROUP);
         for (w, out) in w.chunks_exact(q4::GROUP_BYTES).zip(groups) {
             for eight in 0..q4::GROUP / 8 {
@@ -208,8 +221,8 @@ impl<D: Dot> Format for Q4<D> {
                         let codes = s.load_i(w.as_ptr().add(4 * (eight * PANEL + at)));
                         let (low, high) = levels(s, codes);
                         let out = out.as_mut_ptr().add(4 * (2 * eight * PANEL + at));
-                        s.store(out.cast(), s.floats(low));
-                        s.store(out.add(4 * PANEL).cast(), s.floats(high));
+                        s.store(out.cast(), s.floats(s.xor(low, zero)));
+                        s.store(out.add(4 * PANEL).cast(), s.floats(s.xor(high, zero)));
                     }
                 }
             }

@@ -35,7 +35,7 @@ pub(crate) trait Kernel {
 pub(crate) fn launch<K: Kernel>(isa: Isa, kernel: K) {
     match isa {
         Isa::Avx2 => Avx2::new().launch(kernel),
-        Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => Avx512::new().launch(kernel),
+        Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 | Isa::Amx => Avx512::new().launch(kernel),
         Isa::Scalar => panic!("the scalar instruction set has no kernels. This is a bug."),
     }
 }

@@ -1,0 +1,331 @@
+//! Products with the tile registers of AMX: what a tile of up to 32 rows times a panel is, for each
+//! weight format.
+//!
+//! Decision: the loop nest and the packed weights are those of every other instruction set; a panel's
+//! step is already what a row of a right factor takes. Packed activations lie in pieces of 64 bytes,
+//! the rows of a tile side by side, so that a left factor is one stretch of memory. A block of k of
+//! one panel (16 KB) stays in the first-level cache while the tiles of rows pass by.
+//!
+//! Where sums are of whole rows (8-bit weights, bf16) they stay in tile registers over a block of k.
+//! Where each group of 64 has scales of its own, a group's sums go through memory to f32 sums in vector
+//! registers, 16 rows by 16 columns at a time. Sums of bytes are exact, and all else is the arithmetic of
+//! the formats without AMX, which run few rows: both give a row the same bits. bf16 has sums of its own
+//! order ([`super::Kind::Bf16`]), for one row as for many.
+
+use std::marker::PhantomData;
+
+use super::{
+    Bf16, Multiply, ROW_BYTES, ROWS, Signed, SignedUnsigned, Tiles, add_product, load, load_sums,
+    multiply, store, store_sums, zero, zero_sums,
+};
+use crate::cpu::bnb::{Bnb4, Int8, Pairs, Values};
+use crate::cpu::formats::{DotBf16, Format, Head};
+use crate::cpu::gemm::Tile;
+use crate::cpu::int::Vnni;
+use crate::cpu::quantised::{Q4, Q4Bytes, Q8};
+use crate::cpu::simd::{Kernel, Simd};
+use crate::isa::Isa;
+use crate::weight::PANEL;
+use crate::weight::q8::Step;
+
+/// Elements of a piece: 64 bytes.
+const PIECE: usize = ROW_BYTES / 4;
+/// Bytes between two rows of a right factor.
+const STRIDE: usize = 4 * PANEL;
+/// Bytes of a right factor of a panel's columns.
+const FACTOR: usize = ROWS * STRIDE;
+
+/// What formats for AMX share with the format of the same weights without it.
+macro_rules! as_without {
+    ($plain:ty) => {
+        const COLUMN_BYTES: usize = <$plain>::COLUMN_BYTES;
+        const STEP_K: usize = <$plain>::STEP_K;
+        const TAIL_BYTES: usize = <$plain>::TAIL_BYTES;
+        const HEADS: bool = <$plain>::HEADS;
+        const ROTATES: bool = <$plain>::ROTATES;
+
+        fn tile_rows(_: Isa) -> usize {
+            2 * ROWS
+        }
+
+        fn launch<K: Kernel>(isa: Isa, kernel: K) {
+            <$plain>::launch(isa, kernel);
+        }
+
+        #[inline(always)]
+        fn step_of<S: Simd>(s: S, x: &[f32]) -> Step {
+            <$plain>::step_of(s, x)
+        }
+
+        #[inline(always)]
+        unsafe fn pack_row<S: Simd>(
+            s: S,
+            x: &[f32],
+            step: Step,
+            elements: usize,
+            out: *mut u32,
+            stride: usize,
+        ) -> i32 {
+            // SAFETY: the caller's contract.
+            unsafe { <$plain>::pack_row(s, x, step, elements, out, stride) }
+        }
+
+        #[inline(always)]
+        unsafe fn step<S: Simd, const R: usize, const V: usize>(
+            _: S,
+            _: &mut [[S::F; V]; R],
+            _: *const u32,
+            _: *const u8,
+            _: usize,
+        ) {
+            unreachable!("a step of a format for AMX. This is a bug.");
+        }
+
+        #[inline(always)]
+        unsafe fn finish<S: Simd>(s: S, sums: S::F, tail: *const u8, head: &Head) -> S::F {
+            // SAFETY: the caller's contract.
+            unsafe { <$plain>::finish(s, sums, tail, head) }
+        }
+    };
+}
+
+/// A format whose sums are of whole rows.
+macro_rules! whole_rows {
+    ($(#[$about:meta])* $name:ident $plain:ty, $multiply:ty) => {
+        $(#[$about])*
+        #[derive(Clone, Copy)]
+        pub(crate) struct $name;
+
+        impl Format for $name {
+            as_without!($plain);
+            const A_PER_STEP: usize = 1;
+            const UNIT: usize = PIECE;
+            type Unpacked = Self;
+
+            #[inline(always)]
+            unsafe fn amx_tile<S: Simd>(_: S, tiles: &Tiles, t: &Tile<'_>, sums: &mut [f32], more: bool) {
+                // SAFETY: the caller's contract.
+                unsafe { whole_rows::<$multiply>(tiles, t, sums, more) };
+            }
+        }
+    };
+}
+
+whole_rows!(
+    /// 8-bit weights.
+    AmxQ8 Q8<Vnni>, SignedUnsigned
+);
+whole_rows!(
+    /// LLM.int8() weights.
+    AmxInt8 Int8<Vnni>, SignedUnsigned
+);
+whole_rows!(
+    /// bf16 weights times activations rounded to bf16.
+    AmxBf16 DotBf16, Bf16
+);
+
+/// The tile's sums over a block of k, new or continued.
+///
+/// # Safety
+/// As [`Format::amx_tile`].
+#[inline(always)]
+unsafe fn whole_rows<M: Multiply>(tiles: &Tiles, t: &Tile<'_>, sums: &mut [f32], more: bool) {
+    let (rows, whole) = (tiles.rows(), t.steps / PIECE);
+    assert!(sums.len() == rows * PANEL && t.w.len() == t.steps * STRIDE);
+    assert!(t.a.len() >= t.steps.div_ceil(PIECE) * rows * PIECE);
+    let mut ahead = t.ahead.over(whole);
+    // SAFETY: the lengths were just checked; `rows` rows are set up.
+    unsafe {
+        if more {
+            load_sums(tiles, sums.as_ptr(), PANEL);
+        } else {
+            zero_sums();
+        }
+        for unit in 0..whole {
+            let a = t.a.as_ptr().add(unit * rows * PIECE).cast();
+            ahead.fetch();
+            add_product::<M>(tiles, a, (t.w.as_ptr().add(unit * FACTOR), STRIDE));
+        }
+        if whole * PIECE < t.steps {
+            let mut last = [0; FACTOR];
+            let rest = &t.w[whole * FACTOR..];
+            last[..rest.len()].copy_from_slice(rest);
+            let a = t.a.as_ptr().add(whole * rows * PIECE).cast();
+            add_product::<M>(tiles, a, (last.as_ptr(), STRIDE));
+        }
+        store_sums(tiles, sums.as_mut_ptr(), PANEL);
+    }
+}
+
+/// A format that has scales for each group of 64.
+trait Grouped: Format {
+    type Multiply: Multiply;
+    /// Right factors in a group.
+    const FACTORS: usize;
+
+    /// `acc` plus a register of a group's sums in one row. `scales`: those of the columns; `step`: the
+    /// last that the row has in its unit.
+    fn add<S: Simd>(s: S, acc: S::F, sums: S::F, scales: S::F, step: f32) -> S::F;
+}
+
+/// 4-bit weights.
+#[derive(Clone, Copy)]
+pub(crate) struct AmxQ4;
+
+impl Format for AmxQ4 {
+    as_without!(Q4<Vnni>);
+    const A_PER_STEP: usize = Q4::<Vnni>::A_PER_STEP;
+    const UNIT: usize = Self::A_PER_STEP;
+    type Unpacked = Q4Bytes<Vnni>;
+    const UNPACKS: bool = true;
+
+    #[inline(always)]
+    fn unpack<S: Simd>(s: S, w: &[u8], out: &mut [u8]) {
+        Q4::<Vnni>::unpack_as::<S, true>(s, w, out);
+    }
+
+    #[inline(always)]
+    unsafe fn amx_tile<S: Simd>(s: S, tiles: &Tiles, t: &Tile<'_>, sums: &mut [f32], more: bool) {
+        // SAFETY: the caller's contract.
+        unsafe { grouped::<S, Self>(s, tiles, t, sums, more) };
+    }
+}
+
+impl Grouped for AmxQ4 {
+    type Multiply = Signed;
+    const FACTORS: usize = 1;
+
+    #[inline(always)]
+    fn add<S: Simd>(s: S, acc: S::F, sums: S::F, scales: S::F, step: f32) -> S::F {
+        let scales = s.mul(scales, s.splat(step));
+        s.fma(s.to_float(s.ints(sums)), scales, acc)
+    }
+}
+
+/// 4-bit weights of bitsandbytes, multiplied as bf16.
+#[derive(Clone, Copy)]
+pub(crate) struct AmxBnb4<T>(PhantomData<T>);
+
+impl<T: Values> Format for AmxBnb4<T> {
+    as_without!(Bnb4<Pairs, T>);
+    const A_PER_STEP: usize = Bnb4::<Pairs, T>::A_PER_STEP;
+    const UNIT: usize = Self::A_PER_STEP;
+    type Unpacked = <Bnb4<Pairs, T> as Format>::Unpacked;
+    const UNPACKS: bool = true;
+
+    #[inline(always)]
+    fn unpack<S: Simd>(s: S, w: &[u8], out: &mut [u8]) {
+        Bnb4::<Pairs, T>::unpack(s, w, out);
+    }
+
+    #[inline(always)]
+    unsafe fn amx_tile<S: Simd>(s: S, tiles: &Tiles, t: &Tile<'_>, sums: &mut [f32], more: bool) {
+        // SAFETY: the caller's contract.
+        unsafe { grouped::<S, Self>(s, tiles, t, sums, more) };
+    }
+}
+
+impl<T: Values> Grouped for AmxBnb4<T> {
+    type Multiply = Bf16;
+    const FACTORS: usize = 2;
+
+    #[inline(always)]
+    fn add<S: Simd>(s: S, acc: S::F, sums: S::F, scales: S::F, _: f32) -> S::F {
+        s.fma(sums, scales, acc)
+    }
+}
+
+/// The tile's sums over a block of k, new or continued: 16 rows by 16 columns at a time.
+///
+/// # Safety
+/// As [`Format::amx_tile`]; only with registers of 16 lanes.
+#[inline(always)]
+unsafe fn grouped<S: Simd, G: Grouped>(
+    s: S,
+    tiles: &Tiles,
+    t: &Tile<'_>,
+    sums: &mut [f32],
+    more: bool,
+) {
+    let rows = tiles.rows();
+    let unit = rows * G::UNIT;
+    let group = G::FACTORS * FACTOR + 4 * PANEL;
+    assert!(S::LANES == ROWS && sums.len() == rows * PANEL);
+    assert!(t.a.len() >= t.steps * unit && t.w.len() == t.steps * group);
+    let mut ahead = t.ahead.over(4 * t.steps);
+    let mut waiting = Waiting([[0.0; ROWS * ROWS]; 2]);
+    for first in (0..rows).step_by(ROWS) {
+        let live = ROWS.min(rows - first);
+        for column in [0, ROWS] {
+            let mut acc = [s.splat(0.0); ROWS];
+            let place = sums[first * PANEL + column..].as_mut_ptr();
+            if more {
+                for (row, acc) in acc.iter_mut().enumerate().take(live) {
+                    // SAFETY: a live row of sums.
+                    *acc = unsafe { s.load(place.add(row * PANEL)) };
+                }
+            }
+            for step in 0..=t.steps {
+                // SAFETY: the lengths were checked; rows that are not live are of the next rows' steps,
+                // or beyond them, where the packed activations have room, and count for nothing.
+                unsafe {
+                    if step < t.steps {
+                        ahead.fetch();
+                        let a = t.a.as_ptr().add(step * unit + first * PIECE);
+                        let w = t.w.as_ptr().add(step * group + 4 * column);
+                        let out = waiting.0[step % 2].as_mut_ptr();
+                        if first == 0 {
+                            product::<G, 0, 6>(a, rows, w, out);
+                        } else {
+                            product::<G, 2, 7>(a, rows, w, out);
+                        }
+                    }
+                    // A group behind, so that its product is there.
+                    if step > 0 {
+                        let steps =
+                            t.a.as_ptr()
+                                .add((step - 1) * unit + (G::UNIT - 1) * rows + first);
+                        let scales = t.w.as_ptr().add(step * group - 4 * (PANEL - column));
+                        let scales = s.load(scales.cast());
+                        let sums = waiting.0[(step - 1) % 2].as_ptr();
+                        for (row, acc) in acc.iter_mut().enumerate() {
+                            let step = f32::from_bits(*steps.add(row));
+                            *acc = G::add(s, *acc, s.load(sums.add(row * ROWS)), scales, step);
+                        }
+                    }
+                }
+            }
+            for (row, acc) in acc.iter().enumerate().take(live) {
+                // SAFETY: a live row of sums.
+                unsafe { s.store(place.add(row * PANEL), *acc) };
+            }
+        }
+    }
+}
+
+/// Sums of two groups on their way from tile registers to others.
+#[repr(align(64))]
+struct Waiting([[f32; ROWS * ROWS]; 2]);
+
+/// A group's product by sums C and left factor A, to `out`.
+///
+/// # Safety
+/// As [`add_product`]; `out` takes 16 rows of 16.
+#[inline(always)]
+unsafe fn product<G: Grouped, const C: u8, const A: u8>(
+    a: *const u32,
+    rows: usize,
+    w: *const u8,
+    out: *mut f32,
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        zero::<C>();
+        for factor in 0..G::FACTORS {
+            load::<A>(a.add(factor * rows * PIECE).cast(), ROW_BYTES);
+            load::<4>(w.add(factor * FACTOR), STRIDE);
+            multiply::<G::Multiply, C, A, 4>();
+        }
+        store::<C>(out.cast(), ROW_BYTES);
+    }
+}

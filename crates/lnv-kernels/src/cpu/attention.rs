@@ -41,8 +41,8 @@ pub(crate) fn paged_attention(
     (spans, shape): (&[Span<'_>], &AttentionShape),
     out: &mut Buffer,
 ) {
-    if cache.record.dtype != KvDtype::F32 && isa == Isa::Avx512Bf16 {
-        return dot_attention::paged_attention(qkv, cache, (spans, shape), out);
+    if cache.record.dtype != KvDtype::F32 && matches!(isa, Isa::Avx512Bf16 | Isa::Amx) {
+        return dot_attention::paged_attention(isa, qkv, cache, (spans, shape), out);
     }
     let heads = &shape.heads;
     let shared = heads.queries_per_kv();
@@ -94,10 +94,10 @@ pub(crate) fn full_attention(
     out: &mut Buffer,
 ) {
     match (precision, isa) {
-        (Precision::Bf16 | Precision::Int8, Isa::Avx512Bf16) => {
-            return dot_attention::full_attention(qkv, (len, heads, scale), out);
+        (Precision::Bf16 | Precision::Int8, Isa::Avx512Bf16 | Isa::Amx) => {
+            return dot_attention::full_attention(isa, qkv, (len, heads, scale), out);
         }
-        (Precision::Int8, Isa::Avx512Vnni | Isa::Amx) => {
+        (Precision::Int8, Isa::Avx512Vnni) => {
             return byte_attention::full_attention(qkv, (len, heads, scale), out);
         }
         _ => {}

@@ -5,7 +5,7 @@
 //! integers, a high and a low byte, so that small ones in a long row do not vanish. Sums of products are
 //! exact; the softmax is in f32 over whole rows, because a tower's rows are short (577 keys): nothing
 //! is rescaled. On a processor whose bf16 dot product is slow this takes half the time of f32; where it
-//! is fast, `dot_attention.rs` is as quick and more exact, and runs instead.
+//! is fast, or where there is AMX, `dot_attention.rs` is as quick and more exact, and runs instead.
 //!
 //! A row depends on its segment only. The slow twin is `reference/bytes.rs`.
 

@@ -161,7 +161,14 @@ impl Dot {
             { _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC },
         >(a))
     }
-    /// `a * 2^n` for whole n of any size.
+    /// `a - floor(a)`; zero for an infinite `a`.
+    #[inline(always)]
+    pub(crate) fn fraction(self, a: F) -> F {
+        with_features!(_mm512_reduce_ps::<
+            { _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC },
+        >(a))
+    }
+    /// `a * 2^floor(n)` for n of any size.
     #[inline(always)]
     pub(crate) fn scale(self, a: F, n: F) -> F {
         with_features!(_mm512_scalef_ps(a, n))

@@ -1,4 +1,4 @@
-//! Attention by the bf16 dot product.
+//! Attention in bf16: by the dot product of vector registers or by the tile registers of AMX.
 //!
 //! Decision: queries, keys, values and probabilities are rounded to bf16, as every bf16 implementation
 //! of the model rounds them; scores, sums and outputs are f32. A score includes the scale and log₂ e, so
@@ -7,13 +7,16 @@
 //! power of two, which rounds nothing. The sum is of the rounded probabilities, by the same instruction
 //! that multiplies the values.
 //!
-//! A row goes through groups of 8 keys counted from the start of its sequence; every sum is one ascending
-//! chain over pairs of keys. A key that the row does not see has the probability zero exactly. With
-//! 1024 keys a *segment* ends: the next one starts with new sums, and segments are added up in ascending
-//! order, whether one thread went through all of them or several threads took some each. So a row's
-//! bits depend neither on chunking nor on batching nor on the number of threads.
+//! A row goes through groups of keys (8, with AMX 32) counted from the start of its sequence; every sum is
+//! one ascending chain over pairs of keys (with AMX over groups). A key that the row does not see has
+//! the probability zero exactly. With 1024 keys a *segment* ends: the next one starts with new sums, and
+//! segments are added up in ascending order, whether one thread went through all of them or several
+//! threads took some each. So a row's bits depend neither on chunking nor on batching nor on the
+//! number of threads.
 
+mod amx;
 mod blocks;
+mod fetch;
 mod narrow;
 mod pack;
 mod wide;
@@ -24,14 +27,16 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use self::blocks::Blocks;
+use self::fetch::Fetch;
 use crate::buffer::{Aligned, Buffer};
 use crate::cpu::attention::Mask;
 use crate::cpu::dot::{Dot, DotKernel, F, I, LANES};
 use crate::cpu::scratch::{Shared, with};
+use crate::isa::Isa;
 use crate::kv_cache::{Heads, KV_BLOCK, KvDtype, LayerCache, Record};
 use crate::ops::{AttentionShape, Span};
 
-/// Keys that are looked at together.
+/// Keys that are looked at together, without AMX.
 const GROUP: usize = 8;
 /// The largest probability against a reference point, as the bits of a bf16: 2¹⁶.
 const LIMIT: u16 = 0x4780;
@@ -39,6 +44,8 @@ const LIMIT: u16 = 0x4780;
 const ONES: u32 = 0x3f80_3f80;
 /// Keys of a segment.
 const SEGMENT: usize = 1024;
+/// Rows before the end of a picture's head from which on keys of the next one are fetched.
+const NEAR: usize = 160;
 /// Multiplications below which waking other threads costs more than it brings.
 const SERIAL: usize = 1 << 18;
 /// Tiles a thread below which segments are taken apart, so that no thread waits long for the last.
@@ -83,6 +90,38 @@ struct Job<'a> {
     mask: Mask,
     /// The records that blocks come in.
     form: Record,
+    by: By,
+}
+
+/// What multiplies.
+#[derive(Clone, Copy)]
+enum By {
+    /// The dot product of vector registers.
+    Dot,
+    /// Tile registers.
+    Amx,
+}
+
+impl By {
+    fn new(isa: Isa) -> By {
+        if isa == Isa::Amx { By::Amx } else { By::Dot }
+    }
+
+    /// Query rows of the largest tile.
+    fn rows(self) -> usize {
+        match self {
+            By::Dot => wide::ROWS,
+            By::Amx => amx::ROWS,
+        }
+    }
+
+    /// What a tile needs of a thread's scratch.
+    fn scratch_len(self, form: Record) -> usize {
+        match self {
+            By::Dot => wide::scratch_len(form).max(narrow::scratch_len(form)),
+            By::Amx => amx::scratch_len(form),
+        }
+    }
 }
 
 impl Job<'_> {
@@ -122,48 +161,27 @@ impl Job<'_> {
             stride: self.heads.heads * d,
             len: self.shared * d,
             rows: queries.len(),
+            done: 0,
+        }
+    }
+
+    /// Rows of queries, to be fetched; they need not exist.
+    fn queries(&self, rows: &Range<usize>) -> Fetch {
+        let d = self.heads.head_dim;
+        let queries = rows.start / self.shared..rows.end.div_ceil(self.shared);
+        let at = (self.start + queries.start) * self.cols + self.kv_head * self.shared * d;
+        Fetch {
+            at: self.qkv.as_ptr().wrapping_add(at),
+            stride: self.cols,
+            len: self.shared * d,
+            rows: queries.len(),
+            done: 0,
         }
     }
 
     /// The keys that all of the rows see.
     fn common(&self, rows: &Range<usize>) -> Range<usize> {
         self.visible(rows.end - 1).start..self.visible(rows.start).end
-    }
-}
-
-/// Rows of memory to be fetched while others are worked on, a row a step.
-#[derive(Clone, Copy)]
-struct Fetch {
-    at: *const f32,
-    /// Values from row to row, and values of a row.
-    stride: usize,
-    len: usize,
-    rows: usize,
-}
-
-impl Fetch {
-    /// Fetches the next row, if there is one.
-    #[inline(always)]
-    fn step(&mut self, dot: Dot) {
-        if self.rows > 0 {
-            for i in (0..self.len).step_by(LANES) {
-                dot.prefetch(self.at.wrapping_add(i).cast());
-            }
-            self.at = self.at.wrapping_add(self.stride);
-            self.rows -= 1;
-        }
-    }
-
-    /// The same for a row that will be written.
-    #[inline(always)]
-    fn step_to_write(&mut self, dot: Dot) {
-        if self.rows > 0 {
-            for i in (0..self.len).step_by(LANES) {
-                dot.prefetch_to_write(self.at.wrapping_add(i).cast());
-            }
-            self.at = self.at.wrapping_add(self.stride);
-            self.rows -= 1;
-        }
     }
 }
 
@@ -211,13 +229,14 @@ impl State<'_> {
 
 /// Attention of each segment of `len` rows with itself; the shapes fit.
 pub(crate) fn full_attention(
+    isa: Isa,
     qkv: &Buffer,
     (len, heads, scale): (usize, Heads, f32),
     out: &mut Buffer,
 ) {
     let form = Record::new(KvDtype::Bf16, heads.head_dim);
     let (rows, blocks) = (len * heads.queries_per_kv(), len.div_ceil(KV_BLOCK));
-    let call = Call::new(qkv, (heads, scale, form), out);
+    let call = Call::new(qkv, (heads, scale, form), By::new(isa), out);
     let count = qkv.rows() / len * heads.kv_heads;
     let work = |index: usize| {
         let (start, kv_head) = (index / heads.kv_heads * len, index % heads.kv_heads);
@@ -230,9 +249,15 @@ pub(crate) fn full_attention(
             });
             let blocks = Blocks::Packed(records, form);
             let mut fetch = call.fetch(index + 1, len);
-            for first in (0..rows).step_by(wide::ROWS) {
-                let rows = first..rows.min(first + wide::ROWS);
-                job.tile(&blocks, rows, usize::MAX, &mut fetch);
+            for first in (0..rows).step_by(job.by.rows()) {
+                let tile = first..rows.min(first + job.by.rows());
+                let fetch = match job.by {
+                    By::Dot => &mut fetch[..],
+                    // What is fetched too early has left the cache again when it is wanted.
+                    By::Amx if rows - first > NEAR => &mut [],
+                    By::Amx => &mut fetch[1..2],
+                };
+                job.tile(&blocks, tile, usize::MAX, fetch);
             }
         });
     };
@@ -241,6 +266,7 @@ pub(crate) fn full_attention(
 
 /// Causal attention over a cache of bf16 or int8; the shapes fit.
 pub(crate) fn paged_attention(
+    isa: Isa,
     qkv: &Buffer,
     cache: &LayerCache,
     (spans, shape): (&[Span<'_>], &AttentionShape),
@@ -248,12 +274,12 @@ pub(crate) fn paged_attention(
 ) {
     let heads = shape.heads;
     let form = Record::new(KvDtype::Bf16, heads.head_dim);
-    let call = Call::new(qkv, (heads, shape.scale, form), out);
+    let call = Call::new(qkv, (heads, shape.scale, form), By::new(isa), out);
     with(&OFFSETS, spans.len() + 1, |offsets| {
         let (mut tiles, mut work, mut longest) = (0, 0, 0);
         for (span, offset) in spans.iter().zip(offsets.iter_mut()) {
             *offset = tiles as u32;
-            tiles += (span.q_len * call.shared).div_ceil(wide::ROWS);
+            tiles += (span.q_len * call.shared).div_ceil(call.by.rows());
             work += span.q_len * span.kv_len * heads.heads * heads.head_dim;
             longest = longest.max(span.kv_len);
         }
@@ -292,6 +318,7 @@ struct Call<'a> {
     shared: usize,
     factor: f32,
     form: Record,
+    by: By,
     out: Shared<f32>,
 }
 
@@ -299,6 +326,7 @@ impl<'a> Call<'a> {
     fn new(
         qkv: &'a Buffer,
         (heads, scale, form): (Heads, f32, Record),
+        by: By,
         out: &mut Buffer,
     ) -> Call<'a> {
         Call {
@@ -308,6 +336,7 @@ impl<'a> Call<'a> {
             shared: heads.queries_per_kv(),
             factor: scale * std::f32::consts::LOG2_E,
             form,
+            by,
             out: Shared::new(out.host_mut()),
         }
     }
@@ -324,6 +353,7 @@ impl<'a> Call<'a> {
             kv_head,
             mask,
             form: self.form,
+            by: self.by,
         }
     }
 
@@ -342,6 +372,7 @@ impl<'a> Call<'a> {
             stride: self.cols,
             len: width * d,
             rows: if exists { len } else { 0 },
+            done: 0,
         };
         [
             part(kv_head * self.shared, self.shared),
@@ -374,8 +405,9 @@ impl Plan<'_> {
             before: span.kv_len - span.q_len,
             window: self.window,
         };
-        let rows = (tile - first) * wide::ROWS;
-        let rows = rows..(span.q_len * self.call.shared).min(rows + wide::ROWS);
+        let most = self.call.by.rows();
+        let rows = (tile - first) * most;
+        let rows = rows..(span.q_len * self.call.shared).min(rows + most);
         let blocks = &span.blocks[..span.kv_len.div_ceil(KV_BLOCK)];
         (
             self.call.job(span.q_start, kv_head, mask),
@@ -392,7 +424,8 @@ impl Plan<'_> {
     /// All tiles, `segments` at most for each, each segment by itself.
     fn apart(&self, segments: usize) {
         let columns = self.call.form.columns();
-        let len = State::len(wide::ROWS, columns);
+        let most = self.call.by.rows();
+        let len = State::len(most, columns);
         let count = self.tiles * self.call.heads.kv_heads;
         with(&APART, count * segments * len, |states| {
             let place = Shared::new(states);
@@ -401,7 +434,7 @@ impl Plan<'_> {
                 let part = segment(&job.seen(&rows), index % segments, SEGMENT);
                 // SAFETY: this piece of the states is this index's alone.
                 let state = unsafe { std::slice::from_raw_parts_mut(place.at(index * len), len) };
-                let mut state = State::new(state, wide::ROWS);
+                let mut state = State::new(state, most);
                 if part.is_empty() {
                     state.clear();
                 } else {
@@ -417,9 +450,9 @@ impl Plan<'_> {
                 };
                 let mut parts = states.chunks_exact_mut(len);
                 let Some(total) = parts.next() else { return };
-                let mut total = State::new(total, wide::ROWS);
+                let mut total = State::new(total, most);
                 for part in parts {
-                    let (rows, part) = (rows.len(), State::new(part, wide::ROWS));
+                    let (rows, part) = (rows.len(), State::new(part, most));
                     Dot::launch(Merge {
                         rows,
                         columns,
@@ -440,14 +473,15 @@ fn segment(seen: &Range<usize>, index: usize, len: usize) -> Range<usize> {
 }
 
 impl Job<'_> {
-    /// The attention of some rows, at most [`wide::ROWS`], with segments of so many keys.
+    /// The attention of some rows, at most [`By::rows`], with segments of so many keys.
     fn tile(&self, blocks: &Blocks<'_>, rows: Range<usize>, len: usize, fetch: &mut [Fetch]) {
         let columns = self.form.columns();
-        let state_len = State::len(wide::ROWS, columns);
+        let most = self.by.rows();
+        let state_len = State::len(most, columns);
         with(&STATE, 2 * state_len, |states| {
             let (total, part) = states.split_at_mut(state_len);
-            let mut total = State::new(total, wide::ROWS);
-            let mut part = State::new(part, wide::ROWS);
+            let mut total = State::new(total, most);
+            let mut part = State::new(part, most);
             let seen = self.seen(&rows);
             let first = seen.start / len;
             let keys = segment(&seen, first, len);
@@ -475,8 +509,7 @@ impl Job<'_> {
         state: State<'_>,
         fetch: &mut [Fetch],
     ) {
-        let len = wide::scratch_len(self.form).max(narrow::scratch_len(self.form));
-        with(&TILE, len, |scratch| {
+        with(&TILE, self.by.scratch_len(self.form), |scratch| {
             macro_rules! wide {
                 ($v:literal) => {
                     Dot::launch(wide::Wide::<$v> {
@@ -489,6 +522,17 @@ impl Job<'_> {
                         fetch,
                     })
                 };
+            }
+            if matches!(self.by, By::Amx) {
+                return Dot::launch(amx::Tiled {
+                    job: self,
+                    blocks,
+                    rows,
+                    seen,
+                    scratch,
+                    state,
+                    fetch,
+                });
             }
             if rows.len() <= narrow::ROWS {
                 return Dot::launch(narrow::Narrow {
@@ -606,13 +650,15 @@ impl DotKernel for Finish<'_> {
         for (i, row) in self.rows.enumerate() {
             let at = job.result_at(row);
             let factor = dot.div(dot.splat(1.0), dot.splat(self.state.sum[i]));
+            let zero = dot.splat(0.0);
             for column in (0..d).step_by(LANES) {
                 // SAFETY: a register of the row's outputs; as many values as the head has left in its
                 // part of the result, which this task alone writes.
                 unsafe {
                     let o = dot.load(self.state.o.as_ptr().add(i * columns + column));
                     let out = job.out.at(at + column);
-                    dot.store_part(out, dot.mul(o, factor), LANES.min(d - column));
+                    // A sum that vanished may be a negative zero, with some tiles and not with others.
+                    dot.store_part(out, dot.fma(o, factor, zero), LANES.min(d - column));
                 }
             }
         }

@@ -36,7 +36,7 @@ pub struct AttentionShape {
 pub enum Precision {
     /// In f32.
     F32,
-    /// Where the processor has the bf16 dot product: queries, keys, values and probabilities rounded
+    /// Where the processor has a fast bf16 dot product or AMX: queries, keys, values and probabilities rounded
     /// to bf16, sums and softmax in f32. Elsewhere as `F32`.
     Bf16,
     /// Where the byte dot product is the fastest: queries, keys and values rounded to 8-bit integers

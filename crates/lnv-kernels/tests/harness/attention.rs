@@ -37,7 +37,7 @@ const DTYPES: [KvDtype; 3] = [KvDtype::F32, KvDtype::Bf16, KvDtype::Int8];
 /// order of sums, or queries and probabilities that are rounded to 8 bits.
 fn tolerance(ops: &Ops, dtype: KvDtype) -> f32 {
     match (ops.isa(), dtype) {
-        (Isa::Avx512Bf16, KvDtype::Bf16 | KvDtype::Int8) => 8e-3,
+        (Isa::Avx512Bf16 | Isa::Amx, KvDtype::Bf16 | KvDtype::Int8) => 8e-3,
         _ => 3e-6,
     }
 }
@@ -519,22 +519,25 @@ fn extreme_scores_stay_finite() {
 /// exponents moves again and again.
 #[test]
 fn growing_scores_agree() {
-    for dtype in DTYPES {
-        let heads = heads(1, 1, 16);
+    for (heads, dtype) in [heads(1, 1, 16), heads(2, 1, 72)]
+        .into_iter()
+        .flat_map(|h| DTYPES.map(|d| (h, d)))
+    {
         let mut sequence = Sequence::new(9, heads, dtype, 300);
+        let (d, queries) = (heads.head_dim, heads.heads * heads.head_dim);
         for (i, row) in sequence.qkv.chunks_exact_mut(heads.qkv_cols()).enumerate() {
-            row[..16].fill(4.0);
-            row[16..32].fill(i as f32 / 4.0 - 40.0);
+            row[..queries].fill(4.0);
+            row[queries..queries + d].fill(i as f32 / 4.0 - 40.0);
         }
-        for angles in sequence.angles.chunks_exact_mut(16) {
-            angles[..8].fill(1.0);
-            angles[8..].fill(0.0);
+        for angles in sequence.angles.chunks_exact_mut(d) {
+            angles[..d / 2].fill(1.0);
+            angles[d / 2..].fill(0.0);
         }
         for (rows, window) in [(300, None), (5, None), (60, Some(90))] {
             let expected = sequence.last(&oracle(), rows, window);
             for ops in all() {
                 let found = sequence.last(&ops, rows, window);
-                let what = format!("{} {dtype} {rows} {window:?}", ops.isa());
+                let what = format!("{} {heads:?} {dtype} {rows} {window:?}", ops.isa());
                 assert_close(&found, &expected, 2.0 * tolerance(&ops, dtype), &what);
             }
         }

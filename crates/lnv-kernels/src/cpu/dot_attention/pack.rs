@@ -7,6 +7,9 @@
 use crate::cpu::dot::{Dot, I, LANES};
 use crate::kv_cache::{KV_BLOCK, Record};
 
+/// How many rows ahead of those that are packed are fetched.
+const AHEAD: usize = 2 * LANES;
+
 /// 16 rows of `d` values, times `factor`, as columns: pair `i` of row `r` goes to
 /// `out[i * stride + r]`.
 ///
@@ -109,6 +112,13 @@ pub(super) unsafe fn records(
 ) {
     for token in (0..count).step_by(LANES) {
         let (block, offset) = (token / KV_BLOCK, token % KV_BLOCK);
+        for row in token + AHEAD..token + AHEAD + LANES {
+            for column in (0..form.dim).step_by(LANES) {
+                let at = row * stride + column;
+                dot.prefetch(keys.wrapping_add(at).cast());
+                dot.prefetch(values_at.wrapping_add(at).cast());
+            }
+        }
         // SAFETY: the rows are below count, the lanes and pairs inside block `block`.
         unsafe {
             let record = out.add(block * form.len());

@@ -13,7 +13,8 @@
 use std::ops::Range;
 
 use super::blocks::Blocks;
-use super::{Fetch, GROUP, Job, LIMIT, ONES, State, pack, power};
+use super::fetch::Fetch;
+use super::{GROUP, Job, LIMIT, ONES, State, pack, power};
 use crate::cpu::dot::{Dot, DotKernel, F, I, LANES};
 use crate::kv_cache::{KV_BLOCK, Record};
 

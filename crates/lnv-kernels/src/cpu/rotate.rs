@@ -38,24 +38,46 @@ pub(crate) fn rotate_row<S: Simd>(s: S, row: &mut [f32]) {
     }
 }
 
-/// The levels whose partners are in two registers.
+/// The levels whose partners are in two registers: two levels at a time, so that a value is read and
+/// written half as often.
 #[inline(always)]
 fn wide_levels<S: Simd>(s: S, block: &mut [f32]) {
-    let mut stride = block.len() / 2;
-    while stride >= S::LANES {
-        for pair in block.chunks_exact_mut(2 * stride) {
-            let (low, high) = pair.split_at_mut(stride);
-            let low = low.chunks_exact_mut(S::LANES);
-            for (low, high) in low.zip(high.chunks_exact_mut(S::LANES)) {
-                // SAFETY: each is a register's values.
+    let (len, start) = (block.len(), block.as_mut_ptr());
+    let mut stride = len / 2;
+    while stride >= 2 * S::LANES {
+        let quarter = stride / 2;
+        let mut at = 0;
+        while at < len {
+            for lane in (at..at + quarter).step_by(S::LANES) {
+                // SAFETY: four quarters of 2 * stride values from `at` on, which are inside the block;
+                // a register of each.
                 unsafe {
-                    let (a, b) = (s.load(low.as_ptr()), s.load(high.as_ptr()));
-                    s.store(low.as_mut_ptr(), s.add(a, b));
-                    s.store(high.as_mut_ptr(), s.sub(a, b));
+                    let places = [0, 1, 2, 3].map(|part| start.add(lane + part * quarter));
+                    let [a, b, c, d] = places.map(|place| s.load(place));
+                    let (a, c) = (s.add(a, c), s.sub(a, c));
+                    let (b, d) = (s.add(b, d), s.sub(b, d));
+                    s.store(places[0], s.add(a, b));
+                    s.store(places[1], s.sub(a, b));
+                    s.store(places[2], s.add(c, d));
+                    s.store(places[3], s.sub(c, d));
                 }
             }
+            at += 2 * stride;
         }
-        stride /= 2;
+        stride = quarter / 2;
+    }
+    if stride >= S::LANES {
+        let mut at = 0;
+        while at < len {
+            // SAFETY: the stride is a register, and two of them are inside the block.
+            unsafe {
+                let (low, high) = (start.add(at), start.add(at + stride));
+                let (a, b) = (s.load(low), s.load(high));
+                s.store(low, s.add(a, b));
+                s.store(high, s.sub(a, b));
+            }
+            at += 2 * stride;
+        }
     }
 }
 

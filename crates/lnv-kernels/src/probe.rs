@@ -59,6 +59,10 @@ enum Way {
     DotBf16,
     /// The byte dot product.
     DotBytes,
+    /// Tile registers of bytes.
+    TileBytes,
+    /// Tile registers of bf16.
+    TileBf16,
     /// Bytes by way of 16-bit products: a product's own tile, since it is several instructions.
     Pairs,
 }
@@ -67,8 +71,10 @@ enum Way {
 fn ways(isa: Isa, dtype: WeightDtype) -> &'static [Way] {
     match dtype {
         WeightDtype::F32 | WeightDtype::F16 => &[Way::Fma],
+        WeightDtype::Bf16 if isa == Isa::Amx => &[Way::TileBf16],
         WeightDtype::Bf16 if isa == Isa::Avx512Bf16 => &[Way::DotBf16, Way::Fma],
         WeightDtype::Bf16 => &[Way::Fma],
+        _ if isa == Isa::Amx => &[Way::TileBytes],
         _ if isa >= Isa::Avx512Vnni => &[Way::DotBytes],
         _ if isa == Isa::Scalar => &[Way::Fma],
         _ => &[Way::Pairs],
@@ -97,6 +103,8 @@ impl Way {
             Way::Fma => "vfmadd231ps",
             Way::DotBf16 => "vdpbf16ps",
             Way::DotBytes => "vpdpbusd",
+            Way::TileBytes => "tdpbsud",
+            Way::TileBf16 => "tdpbf16ps",
             Way::Pairs => "vpmaddwd",
         }
     }
@@ -114,6 +122,8 @@ impl Way {
             Way::Fma => multiply(isa, Multiplier::Fma, TIMES),
             Way::DotBf16 => multiply(isa, Multiplier::DotBf16, TIMES / 2),
             Way::DotBytes => multiply(isa, Multiplier::DotBytes, TIMES),
+            Way::TileBytes => multiply(isa, Multiplier::TileBytes, TIMES / 10),
+            Way::TileBf16 => multiply(isa, Multiplier::TileBf16, TIMES / 10),
             Way::Pairs => {
                 let spun = spin(isa, WeightDtype::Q8, TILES);
                 (spun.operations, spun.sum)

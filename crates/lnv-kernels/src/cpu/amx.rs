@@ -15,7 +15,7 @@ mod formats;
 use std::arch::asm;
 use std::sync::OnceLock;
 
-pub(crate) use formats::{AmxBf16, AmxBnb4, AmxInt8, AmxQ4, AmxQ8};
+pub(crate) use formats::{AmxBf16, AmxBnb4, AmxInt8, AmxQ4, AmxQ8, InOrder};
 
 /// Rows of a register.
 pub(crate) const ROWS: usize = 16;
@@ -225,7 +225,36 @@ pub(crate) unsafe fn multiply<M: Multiply, const C: u8, const A: u8, const B: u8
     }
 }
 
-/// The registers 0 to 3, or the first two where there are no other rows, become zero.
+/// Multiplies registers of zeros, `times` times into each of the four sums: the peak. Returns how many
+/// operations that were.
+///
+/// # Panics
+/// AMX is not available.
+pub(crate) fn spin<M: Multiply>(times: usize) -> usize {
+    let mut tiles = Tiles::new();
+    tiles.set(2 * ROWS);
+    // SAFETY: they were just set up.
+    unsafe {
+        zero_sums();
+        zero::<4>();
+        zero::<5>();
+        zero::<6>();
+        zero::<7>();
+        for _ in 0..times {
+            multiply::<M, 0, 6, 4>();
+            multiply::<M, 1, 6, 5>();
+            multiply::<M, 2, 7, 4>();
+            multiply::<M, 3, 7, 5>();
+        }
+    }
+    let values = match M::KIND {
+        Kind::Bf16 => ROW_BYTES / 2,
+        Kind::Signed | Kind::SignedUnsigned => ROW_BYTES,
+    };
+    times * 4 * 2 * ROWS * ROWS * values
+}
+
+/// The sums become zero.
 ///
 /// # Safety
 /// Inside [`Tiles::set`].
@@ -289,13 +318,15 @@ pub(crate) unsafe fn add_product<M: Multiply>(
 ) {
     // SAFETY: the caller's contract.
     unsafe {
-        load::<4>(b, b_stride);
         load::<6>(a, ROW_BYTES);
-        multiply::<M, 0, 6, 4>();
+        load::<4>(b, b_stride);
         load::<5>(b.add(ROW_BYTES), b_stride);
-        multiply::<M, 1, 6, 5>();
         if tiles.two() {
             load::<7>(a.add(ROWS * ROW_BYTES), ROW_BYTES);
+        }
+        multiply::<M, 0, 6, 4>();
+        multiply::<M, 1, 6, 5>();
+        if tiles.two() {
             multiply::<M, 2, 7, 4>();
             multiply::<M, 3, 7, 5>();
         }

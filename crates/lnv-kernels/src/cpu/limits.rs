@@ -8,6 +8,7 @@
 use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
 use std::marker::PhantomData;
 
+use crate::cpu::amx;
 use crate::cpu::simd::{Kernel, Simd, launch, launch_bf16_dot, launch_vnni};
 use crate::isa::Isa;
 
@@ -20,6 +21,10 @@ pub(crate) enum Multiplier {
     DotBf16,
     /// The byte dot product, four products in a lane.
     DotBytes,
+    /// Tile registers of bytes.
+    TileBytes,
+    /// Tile registers of bf16.
+    TileBf16,
 }
 
 /// Bytes of a register's lanes, of the widest.
@@ -41,6 +46,8 @@ pub(crate) fn multiply(isa: Isa, multiplier: Multiplier, times: usize) -> (usize
         Multiplier::Fma => launch(isa, Chains::<Fma>::new(&factors, times, &mut done)),
         Multiplier::DotBf16 => launch_bf16_dot(Chains::<DotBf16>::new(&factors, times, &mut done)),
         Multiplier::DotBytes => launch_vnni(Chains::<DotBytes>::new(&factors, times, &mut done)),
+        Multiplier::TileBytes => done.0 = amx::spin::<amx::SignedUnsigned>(times),
+        Multiplier::TileBf16 => done.0 = amx::spin::<amx::Bf16>(times),
     }
     done
 }
@@ -224,6 +231,11 @@ mod tests {
         if Isa::Avx512Vnni.is_available() {
             let (operations, _) = multiply(Isa::Avx512Vnni, Multiplier::DotBytes, 100);
             assert_eq!(operations, 2 * 100 * 24 * 16 * 4);
+        }
+        if Isa::Amx.is_available() {
+            let of = |multiplier| multiply(Isa::Amx, multiplier, 100).0;
+            assert_eq!(of(Multiplier::TileBytes), 2 * 400 * 16 * 16 * 64);
+            assert_eq!(of(Multiplier::TileBf16), 2 * 400 * 16 * 16 * 32);
         }
     }
 

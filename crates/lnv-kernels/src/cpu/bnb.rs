@@ -15,7 +15,7 @@
 use std::marker::PhantomData;
 
 use crate::buffer::{Buffer, Vector};
-use crate::cpu::amx::{AmxBnb4, AmxInt8};
+use crate::cpu::amx::{AmxBnb4, AmxInt8, InOrder};
 use crate::cpu::formats::{DotBf16, Format, Head, fetch_line};
 use crate::cpu::gemm::{TILED, product};
 use crate::cpu::int::{Dot, Vnni, Widened};
@@ -29,7 +29,7 @@ use crate::weight::q8::Step;
 use crate::weight::{Compute, PANEL, Weight, WeightDtype};
 
 /// Values of k that lie in a word.
-const WORD: usize = 8;
+pub(crate) const WORD: usize = 8;
 /// Words of a column in a group.
 const WORDS: usize = GROUP / WORD;
 
@@ -52,11 +52,15 @@ pub(crate) fn linear(
         return;
     };
     let pairs = isa == Isa::Avx512Bf16;
+    let amx = isa == Isa::Amx;
+    let few = amx && x.rows() < TILED;
     match (of.code, of.compute) {
         (Code4::Nf4, Compute::F32) => product::<Bnb4<Wide, Nf4F32>>(isa, x, w, finish, out),
         (Code4::Fp4, Compute::F32) => product::<Bnb4<Wide, Fp4F32>>(isa, x, w, finish, out),
-        (Code4::Nf4, _) if isa == Isa::Amx => product::<AmxBnb4<Nf4Bf16>>(isa, x, w, finish, out),
-        (Code4::Fp4, _) if isa == Isa::Amx => product::<AmxBnb4<Fp4Bf16>>(isa, x, w, finish, out),
+        (Code4::Nf4, _) if few => product::<InOrder<Nf4Bf16>>(isa, x, w, finish, out),
+        (Code4::Fp4, _) if few => product::<InOrder<Fp4Bf16>>(isa, x, w, finish, out),
+        (Code4::Nf4, _) if amx => product::<AmxBnb4<Nf4Bf16>>(isa, x, w, finish, out),
+        (Code4::Fp4, _) if amx => product::<AmxBnb4<Fp4Bf16>>(isa, x, w, finish, out),
         (Code4::Nf4, _) if pairs => product::<Bnb4<Pairs, Nf4Bf16>>(isa, x, w, finish, out),
         (Code4::Fp4, _) if pairs => product::<Bnb4<Pairs, Fp4Bf16>>(isa, x, w, finish, out),
         (Code4::Nf4, _) => product::<Bnb4<Wide, Nf4Bf16>>(isa, x, w, finish, out),
@@ -152,7 +156,7 @@ impl Multiplier for Pairs {
 
 /// f32.
 #[derive(Clone, Copy)]
-struct Wide;
+pub(crate) struct Wide;
 
 impl Multiplier for Wide {
     const LANE_K: usize = 1;
@@ -245,10 +249,8 @@ impl<M: Multiplier, T: Values> Format for Bnb4<M, T> {
         for word in 0..WORDS {
             let mut values = [[s.splat_i(0); WORD]; V];
             for (v, values) in values.iter_mut().enumerate() {
-                let at = w.wrapping_add(4 * (word * PANEL + first + v * S::LANES));
-                fetch_line(at.wrapping_add(FAR));
                 // SAFETY: the caller's contract: the codes of the group's columns.
-                *values = unsafe { M::look::<S, T>(s, s.load_i(at)) };
+                *values = unsafe { look_up::<S, M, T>(s, w, word, first + v * S::LANES) };
             }
             for part in 0..per_word {
                 for (row, sums) in sums.iter_mut().enumerate() {
@@ -262,12 +264,8 @@ impl<M: Multiplier, T: Values> Format for Bnb4<M, T> {
                 }
             }
         }
-        let absmax = w.wrapping_add(CODES + 4 * first);
-        for v in 0..V {
-            fetch_line(absmax.wrapping_add(FAR + 4 * v * S::LANES));
-        }
         // SAFETY: the caller's contract: the absmax of the group's columns.
-        unsafe { add_groups(s, acc, sums, absmax) };
+        unsafe { add_scaled(s, acc, sums, w, first) };
     }
 
     #[inline(always)]
@@ -297,6 +295,44 @@ impl<M: Multiplier, T: Values> Format for Bnb4<M, T> {
             out[4 * Self::A_PER_STEP * PANEL..].copy_from_slice(&w[CODES..]);
         }
     }
+}
+
+/// The values of a word of the columns from `column` on, in the group at `w`; what comes later is fetched.
+///
+/// # Safety
+/// The group's codes can be read; only inside [`Multiplier::launch`].
+#[inline(always)]
+pub(crate) unsafe fn look_up<S: Simd, M: Multiplier, T: Values>(
+    s: S,
+    w: *const u8,
+    word: usize,
+    column: usize,
+) -> [S::I; WORD] {
+    let at = w.wrapping_add(4 * (word * PANEL + column));
+    fetch_line(at.wrapping_add(FAR));
+    // SAFETY: the caller's contract.
+    unsafe { M::look::<S, T>(s, s.load_i(at)) }
+}
+
+/// `acc` plus sums of the group at `w` times the absmax of the columns from `first` on; what comes later is
+/// fetched.
+///
+/// # Safety
+/// V registers' absmax can be read.
+#[inline(always)]
+pub(crate) unsafe fn add_scaled<S: Simd, const ROWS: usize, const V: usize>(
+    s: S,
+    acc: &mut [[S::F; V]; ROWS],
+    sums: [[S::F; V]; ROWS],
+    w: *const u8,
+    first: usize,
+) {
+    let absmax = w.wrapping_add(CODES + 4 * first);
+    for v in 0..V {
+        fetch_line(absmax.wrapping_add(FAR + 4 * v * S::LANES));
+    }
+    // SAFETY: the caller's contract.
+    unsafe { add_groups(s, acc, sums, absmax) };
 }
 
 /// `acc` plus a group's sums times the columns' absmax.

@@ -301,7 +301,7 @@ impl Format for DotBf16 {
 
 /// The bits of x with the lower half to be dropped: rounded to bf16, ties to even.
 #[inline(always)]
-fn round_bf16(x: f32) -> u32 {
+pub(crate) fn round_bf16(x: f32) -> u32 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
     // Rounding could carry a NaN into infinity.

@@ -18,6 +18,7 @@ use std::cell::Cell;
 use std::marker::PhantomData;
 use std::ops::Range;
 
+pub(crate) use self::pack::PACK;
 use self::pack::Pack;
 use self::plan::{Plan, part};
 use crate::buffer::{Aligned, Buffer, Vector};
@@ -39,6 +40,8 @@ const PREFETCH: usize = 8 << 10;
 /// Rows from which the tile registers of AMX multiply bytes; for fewer, which bits do not tell from it, the
 /// byte dot product has less to lay out.
 pub(crate) const TILED: usize = 4;
+/// As [`TILED`], where each group of k has scales of its own.
+const TILED_GROUPS: usize = 16;
 
 thread_local! {
     static PACKED: Cell<Option<Aligned<u32>>> = const { Cell::new(None) };
@@ -56,15 +59,15 @@ pub(crate) fn linear(
     finish: (Option<&Vector>, Epilogue),
     out: &mut Buffer,
 ) {
-    let tiled = isa == Isa::Amx && x.rows() >= TILED;
+    let tiled = |least| isa == Isa::Amx && x.rows() >= least;
     match w.dtype() {
         WeightDtype::F32 => product::<WideF32>(isa, x, w, finish, out),
         WeightDtype::F16 => product::<WideF16>(isa, x, w, finish, out),
         WeightDtype::Bf16 if isa == Isa::Amx => product::<AmxBf16>(isa, x, w, finish, out),
         WeightDtype::Bf16 if isa == Isa::Avx512Bf16 => product::<DotBf16>(isa, x, w, finish, out),
         WeightDtype::Bf16 => product::<WideBf16>(isa, x, w, finish, out),
-        WeightDtype::Q8 if tiled => product::<AmxQ8>(isa, x, w, finish, out),
-        WeightDtype::Q4 if tiled => product::<AmxQ4>(isa, x, w, finish, out),
+        WeightDtype::Q8 if tiled(TILED) => product::<AmxQ8>(isa, x, w, finish, out),
+        WeightDtype::Q4 if tiled(TILED_GROUPS) => product::<AmxQ4>(isa, x, w, finish, out),
         WeightDtype::Q8 if isa >= Isa::Avx512Vnni => product::<Q8<Vnni>>(isa, x, w, finish, out),
         WeightDtype::Q8 => product::<Q8<Widened>>(isa, x, w, finish, out),
         WeightDtype::Q4 if isa >= Isa::Avx512Vnni => product::<Q4<Vnni>>(isa, x, w, finish, out),

@@ -381,7 +381,8 @@ pub(crate) const CHUNK: usize = q4::GROUP;
 pub(crate) const ROUND: f32 = 12_582_912.0;
 
 /// The codes of some values of a row.
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
+#[repr(transparent)]
 pub(crate) struct Codes([u32; CHUNK / 4]);
 
 impl Codes {
@@ -423,6 +424,11 @@ impl Codes {
     /// So many can be written there.
     #[inline(always)]
     pub(crate) unsafe fn store(&self, elements: usize, out: *mut u32, stride: usize) {
+        if stride == 1 && elements == CHUNK / 4 {
+            // SAFETY: the caller's contract.
+            unsafe { out.cast::<Self>().write_unaligned(*self) };
+            return;
+        }
         for (e, element) in self.0.iter().enumerate().take(elements) {
             // Volatile, for else the compiler makes scatters of these, which take three times as
             // long.

@@ -18,14 +18,15 @@ use super::{
     Bf16, Multiply, ROW_BYTES, ROWS, Signed, SignedUnsigned, Tiles, add_product, load, load_sums,
     multiply, store, store_sums, zero, zero_sums,
 };
-use crate::cpu::bnb::{Bnb4, Int8, Pairs, Values};
-use crate::cpu::formats::{DotBf16, Format, Head};
-use crate::cpu::gemm::Tile;
+use crate::cpu::bnb::{self, Bnb4, Int8, Pairs, Values, WORD, Wide};
+use crate::cpu::formats::{DotBf16, Format, Head, round_bf16};
+use crate::cpu::gemm::{PACK, Tile};
 use crate::cpu::int::Vnni;
 use crate::cpu::quantised::{Q4, Q4Bytes, Q8};
 use crate::cpu::simd::{Kernel, Simd};
 use crate::isa::Isa;
 use crate::weight::PANEL;
+use crate::weight::bnb4::GROUP;
 use crate::weight::q8::Step;
 
 /// Elements of a piece: 64 bytes.
@@ -38,6 +39,9 @@ const FACTOR: usize = ROWS * STRIDE;
 /// What formats for AMX share with the format of the same weights without it.
 macro_rules! as_without {
     ($plain:ty) => {
+        as_without!($plain, as_is);
+    };
+    ($plain:ty, $prepare:ident) => {
         const COLUMN_BYTES: usize = <$plain>::COLUMN_BYTES;
         const STEP_K: usize = <$plain>::STEP_K;
         const TAIL_BYTES: usize = <$plain>::TAIL_BYTES;
@@ -66,6 +70,8 @@ macro_rules! as_without {
             out: *mut u32,
             stride: usize,
         ) -> i32 {
+            let mut room = [0.0; PACK];
+            let x = $prepare(x, &mut room);
             // SAFETY: the caller's contract.
             unsafe { <$plain>::pack_row(s, x, step, elements, out, stride) }
         }
@@ -87,6 +93,24 @@ macro_rules! as_without {
             unsafe { <$plain>::finish(s, sums, tail, head) }
         }
     };
+}
+
+fn as_is<'a>(x: &'a [f32], _: &mut [f32; PACK]) -> &'a [f32] {
+    x
+}
+
+/// Activations that are not next to nothing, and zeros. Times the values of 4-bit weights these are far
+/// from subnormal, and so are all their sums: what AMX reads as zero does not come up, and [`InOrder`]
+/// has its bits.
+#[inline(always)]
+fn flushed<'a>(x: &[f32], room: &'a mut [f32; PACK]) -> &'a [f32] {
+    const LEAST: f32 = 1e-27;
+    let room = &mut room[..x.len()];
+    for (out, x) in room.iter_mut().zip(x) {
+        // NaN stays.
+        *out = if x.abs() < LEAST { 0.0 } else { *x };
+    }
+    room
 }
 
 /// A format whose sums are of whole rows.
@@ -178,6 +202,8 @@ impl Format for AmxQ4 {
     const UNIT: usize = Self::A_PER_STEP;
     type Unpacked = Q4Bytes<Vnni>;
     const UNPACKS: bool = true;
+    // Some groups, for their sums pass through memory.
+    const PANEL_BLOCK: usize = 64 << 10;
 
     #[inline(always)]
     fn unpack<S: Simd>(s: S, w: &[u8], out: &mut [u8]) {
@@ -207,11 +233,13 @@ impl Grouped for AmxQ4 {
 pub(crate) struct AmxBnb4<T>(PhantomData<T>);
 
 impl<T: Values> Format for AmxBnb4<T> {
-    as_without!(Bnb4<Pairs, T>);
+    as_without!(Bnb4<Pairs, T>, flushed);
     const A_PER_STEP: usize = Bnb4::<Pairs, T>::A_PER_STEP;
     const UNIT: usize = Self::A_PER_STEP;
     type Unpacked = <Bnb4<Pairs, T> as Format>::Unpacked;
     const UNPACKS: bool = true;
+    // Some groups, for their sums pass through memory.
+    const PANEL_BLOCK: usize = 64 << 10;
 
     #[inline(always)]
     fn unpack<S: Simd>(s: S, w: &[u8], out: &mut [u8]) {
@@ -235,6 +263,93 @@ impl<T: Values> Grouped for AmxBnb4<T> {
     }
 }
 
+/// The same for a few rows, by vector registers: the sums of [`Kind::Bf16`] in f32.
+#[derive(Clone, Copy)]
+pub(crate) struct InOrder<T>(PhantomData<T>);
+
+/// Values of k of a product of tile registers.
+const PRODUCT_K: usize = 32;
+
+impl<T: Values> Format for InOrder<T> {
+    const COLUMN_BYTES: usize = Bnb4::<Wide, T>::COLUMN_BYTES;
+    const STEP_K: usize = Bnb4::<Wide, T>::STEP_K;
+    const A_PER_STEP: usize = Bnb4::<Wide, T>::A_PER_STEP;
+    type Unpacked = Self;
+
+    /// Even, odd and a group's sums, and those of the groups, take four times the registers.
+    #[inline(always)]
+    fn registers(rows: usize, _: usize) -> usize {
+        if rows == 1 { 2 } else { 1 }
+    }
+
+    /// The step fetches.
+    #[inline(always)]
+    fn fetch<S: Simd, const V: usize>(_: *const u8, _: usize) {}
+
+    #[inline(always)]
+    unsafe fn pack_row<S: Simd>(
+        _: S,
+        x: &[f32],
+        _: Step,
+        elements: usize,
+        out: *mut u32,
+        stride: usize,
+    ) -> i32 {
+        let mut room = [0.0; PACK];
+        for (e, x) in flushed(x, &mut room).iter().enumerate().take(elements) {
+            // SAFETY: the caller's contract.
+            unsafe { *out.add(e * stride) = round_bf16(*x) & 0xffff_0000 };
+        }
+        0
+    }
+
+    #[inline(always)]
+    unsafe fn step<S: Simd, const R: usize, const V: usize>(
+        s: S,
+        acc: &mut [[S::F; V]; R],
+        a: *const u32,
+        w: *const u8,
+        first: usize,
+    ) {
+        let mut sums = [[s.splat(0.0); V]; R];
+        for product in 0..GROUP / PRODUCT_K {
+            let mut chains = [[[s.splat(0.0); V]; R]; 2];
+            for word in 0..PRODUCT_K / WORD {
+                let word = product * (PRODUCT_K / WORD) + word;
+                let mut values = [[s.splat_i(0); WORD]; V];
+                for (v, values) in values.iter_mut().enumerate() {
+                    // SAFETY: the caller's contract: the codes of the group's columns.
+                    *values =
+                        unsafe { bnb::look_up::<S, Wide, T>(s, w, word, first + v * S::LANES) };
+                }
+                for part in 0..WORD {
+                    for (row, sums) in chains[part % 2].iter_mut().enumerate() {
+                        // SAFETY: the caller's contract: R * A_PER_STEP elements at a.
+                        let a = unsafe { *a.add((word * WORD + part) * R + row) };
+                        let a = s.splat(f32::from_bits(a));
+                        for (sums, values) in sums.iter_mut().zip(&values) {
+                            *sums = s.fma(a, s.floats(values[part]), *sums);
+                        }
+                    }
+                }
+            }
+            for (row, sums) in sums.iter_mut().enumerate() {
+                for (v, sums) in sums.iter_mut().enumerate() {
+                    *sums = s.add(*sums, s.add(chains[0][row][v], chains[1][row][v]));
+                }
+            }
+        }
+        // SAFETY: the caller's contract: the absmax of the group's columns.
+        unsafe { bnb::add_scaled(s, acc, sums, w, first) };
+    }
+
+    #[inline(always)]
+    unsafe fn finish<S: Simd>(s: S, sums: S::F, tail: *const u8, head: &Head) -> S::F {
+        // SAFETY: the caller's contract.
+        unsafe { Bnb4::<Wide, T>::finish(s, sums, tail, head) }
+    }
+}
+
 /// The tile's sums over a block of k, new or continued: 16 rows by 16 columns at a time.
 ///
 /// # Safety
@@ -253,19 +368,22 @@ unsafe fn grouped<S: Simd, G: Grouped>(
     assert!(S::LANES == ROWS && sums.len() == rows * PANEL);
     assert!(t.a.len() >= t.steps * unit && t.w.len() == t.steps * group);
     let mut ahead = t.ahead.over(4 * t.steps);
-    let mut waiting = Waiting([[0.0; ROWS * ROWS]; 2]);
+    let mut waiting = Waiting([[0.0; ROWS * ROWS]; TURNS]);
     for first in (0..rows).step_by(ROWS) {
         let live = ROWS.min(rows - first);
         for column in [0, ROWS] {
             let mut acc = [s.splat(0.0); ROWS];
             let place = sums[first * PANEL + column..].as_mut_ptr();
             if more {
-                for (row, acc) in acc.iter_mut().enumerate().take(live) {
-                    // SAFETY: a live row of sums.
-                    *acc = unsafe { s.load(place.add(row * PANEL)) };
+                for (row, acc) in acc.iter_mut().enumerate() {
+                    // Not `take(live)`: a loop of unknown length would keep the sums in memory.
+                    if row < live {
+                        // SAFETY: a live row of sums.
+                        *acc = unsafe { s.load(place.add(row * PANEL)) };
+                    }
                 }
             }
-            for step in 0..=t.steps {
+            for step in 0..t.steps + BEHIND {
                 // SAFETY: the lengths were checked; rows that are not live are of the next rows' steps,
                 // or beyond them, where the packed activations have room, and count for nothing.
                 unsafe {
@@ -273,21 +391,20 @@ unsafe fn grouped<S: Simd, G: Grouped>(
                         ahead.fetch();
                         let a = t.a.as_ptr().add(step * unit + first * PIECE);
                         let w = t.w.as_ptr().add(step * group + 4 * column);
-                        let out = waiting.0[step % 2].as_mut_ptr();
-                        if first == 0 {
-                            product::<G, 0, 6>(a, rows, w, out);
-                        } else {
-                            product::<G, 2, 7>(a, rows, w, out);
+                        let out = waiting.0[step % TURNS].as_mut_ptr();
+                        match (first == 0, step % 2) {
+                            (true, 0) => product::<G, 0, 6>(a, rows, w, out),
+                            (true, _) => product::<G, 1, 6>(a, rows, w, out),
+                            (false, 0) => product::<G, 2, 7>(a, rows, w, out),
+                            (false, _) => product::<G, 3, 7>(a, rows, w, out),
                         }
                     }
-                    // A group behind, so that its product is there.
-                    if step > 0 {
-                        let steps =
-                            t.a.as_ptr()
-                                .add((step - 1) * unit + (G::UNIT - 1) * rows + first);
-                        let scales = t.w.as_ptr().add(step * group - 4 * (PANEL - column));
+                    if step >= BEHIND {
+                        let step = step - BEHIND;
+                        let steps = t.a.as_ptr().add(step * unit + (G::UNIT - 1) * rows + first);
+                        let scales = t.w.as_ptr().add((step + 1) * group - 4 * (PANEL - column));
                         let scales = s.load(scales.cast());
-                        let sums = waiting.0[(step - 1) % 2].as_ptr();
+                        let sums = waiting.0[step % TURNS].as_ptr();
                         for (row, acc) in acc.iter_mut().enumerate() {
                             let step = f32::from_bits(*steps.add(row));
                             *acc = G::add(s, *acc, s.load(sums.add(row * ROWS)), scales, step);
@@ -295,17 +412,24 @@ unsafe fn grouped<S: Simd, G: Grouped>(
                     }
                 }
             }
-            for (row, acc) in acc.iter().enumerate().take(live) {
-                // SAFETY: a live row of sums.
-                unsafe { s.store(place.add(row * PANEL), *acc) };
+            for (row, acc) in acc.iter().enumerate() {
+                if row < live {
+                    // SAFETY: a live row of sums.
+                    unsafe { s.store(place.add(row * PANEL), *acc) };
+                }
             }
         }
     }
 }
 
-/// Sums of two groups on their way from tile registers to others.
+/// Groups by which sums follow their products, so that these are there.
+const BEHIND: usize = 3;
+/// Groups whose sums wait.
+const TURNS: usize = 4;
+
+/// Sums of some groups on their way from tile registers to others.
 #[repr(align(64))]
-struct Waiting([[f32; ROWS * ROWS]; 2]);
+struct Waiting([[f32; ROWS * ROWS]; TURNS]);
 
 /// A group's product by sums C and left factor A, to `out`.
 ///

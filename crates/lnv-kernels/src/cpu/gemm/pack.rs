@@ -11,7 +11,7 @@ use crate::cpu::simd::{Kernel, Simd};
 use crate::weight::q8::Step;
 
 /// Values of k of a tile's rows that are packed before the next ones.
-const PACK: usize = 256;
+pub(crate) const PACK: usize = 256;
 /// The most elements that so many values become.
 const ELEMENTS: usize = PACK;
 /// Elements of a piece of 64 bytes.

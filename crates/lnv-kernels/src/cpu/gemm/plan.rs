@@ -35,6 +35,9 @@ pub(super) struct Plan {
     /// Bytes of a panel's block of k, unpacked; 0 if nothing is unpacked.
     pub(super) unpacked_len: usize,
     pub(super) tile_rows: usize,
+    /// Whether all tiles but the last have as many rows as they can, and not rather equally many: it takes
+    /// time to set tile registers up for others.
+    whole_tiles: bool,
     pub(super) tiles: usize,
     pub(super) row_blocks: usize,
     pub(super) panels: usize,
@@ -85,6 +88,7 @@ impl Plan {
             step_bytes,
             panel_bytes: steps * step_bytes + F::TAIL_BYTES,
             tile_rows,
+            whole_tiles: F::UNIT > 1,
             tiles,
             row_blocks,
             panels,
@@ -114,7 +118,11 @@ impl Plan {
     /// Sums of a task that wait: of one tile, if k is not cut.
     pub(super) fn sums_len(&self) -> usize {
         let panels = self.panels.div_ceil(self.panel_groups);
-        let rows = self.rows.div_ceil(self.tiles) * self.tiles.div_ceil(self.row_blocks);
+        let rows = match self.whole_tiles {
+            true => self.tile_rows.min(self.rows),
+            false => self.rows.div_ceil(self.tiles),
+        };
+        let rows = rows * self.tiles.div_ceil(self.row_blocks);
         if self.waits() {
             panels * rows * PANEL
         } else {
@@ -130,6 +138,10 @@ impl Plan {
 
     /// The rows of a tile.
     pub(super) fn tile(&self, tile: usize) -> Range<usize> {
+        if self.whole_tiles {
+            let start = tile * self.tile_rows;
+            return start..self.rows.min(start + self.tile_rows);
+        }
         tile * self.rows / self.tiles..(tile + 1) * self.rows / self.tiles
     }
 

@@ -6,6 +6,7 @@
 //! another variant behind the same [`crate::Ops`].
 
 use std::fmt;
+use std::sync::{Mutex, PoisonError};
 
 /// Zeroed values that start on a 64-byte boundary (one cache line, one AVX-512 register).
 ///
@@ -62,11 +63,63 @@ enum Storage {
     Host(Aligned<f32>),
 }
 
-/// A matrix of f32, `[rows, cols]`, row-major, made by [`crate::Ops::buffer`].
+/// A matrix of f32, `[rows, cols]`, row-major, made by [`crate::Ops::buffer`] or [`crate::Ops::scratch`].
 pub struct Buffer {
     rows: usize,
     cols: usize,
     storage: Storage,
+    /// Whether the memory goes to [`LEFT`] in the end.
+    scratch: bool,
+}
+
+/// Memory that scratch has left behind, the latest last. A pass over a long prompt takes hundreds of
+/// megabytes; from the system each page of it would come zeroed, which costs a tenth of a prefill.
+static LEFT: Mutex<Vec<Aligned<f32>>> = Mutex::new(Vec::new());
+/// Bytes that are kept; the oldest go first.
+const LEFT_BYTES: usize = 512 << 20;
+/// Values below which the system's own allocator is as quick.
+const SMALL: usize = 1 << 18;
+
+/// Memory for `len` values, which may be any.
+fn left(len: usize) -> Aligned<f32> {
+    if len >= SMALL {
+        let mut left = LEFT.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = |piece: &Aligned<f32>| (len..=2 * len).contains(&piece.len);
+        let best = (0..left.len())
+            .filter(|i| fits(&left[*i]))
+            .min_by_key(|i| left[*i].len);
+        if let Some(index) = best {
+            return left.remove(index);
+        }
+    }
+    Aligned::zeroed(len)
+}
+
+/// Keeps a piece for [`left`].
+fn leave(piece: Aligned<f32>) {
+    if piece.len < SMALL {
+        return;
+    }
+    let mut left = LEFT.lock().unwrap_or_else(PoisonError::into_inner);
+    left.push(piece);
+    let mut bytes: usize = left.iter().map(Aligned::bytes).sum();
+    while bytes > LEFT_BYTES {
+        bytes -= left.remove(0).bytes();
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if self.scratch {
+            let Storage::Host(data) = &mut self.storage;
+            let none = Aligned {
+                raw: Vec::new(),
+                start: 0,
+                len: 0,
+            };
+            leave(std::mem::replace(data, none));
+        }
+    }
 }
 
 impl Buffer {
@@ -75,6 +128,16 @@ impl Buffer {
             rows,
             cols,
             storage: Storage::Host(Aligned::zeroed(rows * cols)),
+            scratch: false,
+        }
+    }
+
+    pub(crate) fn scratch(rows: usize, cols: usize) -> Buffer {
+        Buffer {
+            rows,
+            cols,
+            storage: Storage::Host(left(rows * cols)),
+            scratch: true,
         }
     }
 
@@ -162,6 +225,24 @@ mod tests {
         assert_eq!((buffer.rows(), buffer.host().len()), (2, 14));
         buffer.set_rows(5);
         assert_eq!(buffer.host_mut().len(), 35);
+    }
+
+    #[test]
+    fn scratch_gets_the_memory_that_scratch_left() {
+        // A size that no other test has.
+        let (rows, cols) = (1031, 1033);
+        let address = |buffer: &Buffer| buffer.host().as_ptr() as usize;
+        let first = Buffer::scratch(rows, cols);
+        let left = address(&first);
+        drop(first);
+        let second = Buffer::scratch(rows - 31, cols);
+        assert_eq!((second.host().len(), address(&second)), (1000 * cols, left));
+        assert_ne!(address(&Buffer::scratch(rows - 31, cols)), left);
+        let zeroed = Buffer::zeroed(rows, cols);
+        assert!(zeroed.host().iter().all(|v| *v == 0.0));
+        drop(second);
+        let small = Buffer::scratch(rows / 4, cols);
+        assert_ne!(address(&small), left, "not for so little");
     }
 
     #[test]

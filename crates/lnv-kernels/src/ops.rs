@@ -99,6 +99,12 @@ impl Ops {
         Buffer::zeroed(rows, cols)
     }
 
+    /// A matrix, `[rows, cols]`, whose values may be anything: for what is written before it is read. Its
+    /// memory is that of scratch that is no longer in use, if there is any of about this size.
+    pub fn scratch(&self, rows: usize, cols: usize) -> Buffer {
+        Buffer::scratch(rows, cols)
+    }
+
     /// A matrix `[rows, cols]` of these values.
     ///
     /// # Panics

@@ -48,11 +48,11 @@ struct Scratch {
 impl Scratch {
     fn new(ops: &Ops, config: &TextConfig, rows: usize) -> Self {
         Self {
-            normed: ops.buffer(rows, config.hidden_size),
-            qkv: ops.buffer(rows, config.qkv_rows()),
-            attended: ops.buffer(rows, config.num_attention_heads * config.head_dim),
-            gate_up: ops.buffer(rows, 2 * config.intermediate_size),
-            inner: ops.buffer(rows, config.intermediate_size),
+            normed: ops.scratch(rows, config.hidden_size),
+            qkv: ops.scratch(rows, config.qkv_rows()),
+            attended: ops.scratch(rows, config.num_attention_heads * config.head_dim),
+            gate_up: ops.scratch(rows, 2 * config.intermediate_size),
+            inner: ops.scratch(rows, config.intermediate_size),
         }
     }
 }

@@ -43,9 +43,9 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
     /// Bytes of a panel between two changes of tile.
     const PANEL_BLOCK: usize = if Self::UNIT > 1 { 16 << 10 } else { 64 << 10 };
     /// Bytes of packed activations that stay in the second-level cache.
-    const ROWS_BLOCK: usize = if Self::UNIT > 1 { 384 << 10 } else { 768 << 10 };
+    const ROWS_BLOCK: usize = if Self::UNIT > 1 { 192 << 10 } else { 768 << 10 };
     /// Panels whose waiting sums a task keeps.
-    const PANEL_GROUP: usize = if Self::UNIT > 1 { 8 } else { 16 };
+    const PANEL_GROUP: usize = 16;
 
     /// Rows of the largest tile: its sums fill the registers but for the operands.
     fn tile_rows(isa: Isa) -> usize {

@@ -216,8 +216,24 @@ impl<F: Format> Kernel for Task<'_, F> {
                 } else {
                     any_tile::<F>(plan.isa, &tile, sums, more);
                 }
-                if steps.end == plan.steps {
-                    product.finish::<S, F>(s, rows, panel, sums);
+                if steps.end == plan.steps && !plan.whole_rows {
+                    for (row, sums) in rows.clone().zip(sums.chunks_exact(PANEL)) {
+                        product
+                            .place(row, panel)
+                            .fetch::<_MM_HINT_T0>(AHEAD..AHEAD + 1, 0..PANEL);
+                        product.finish::<S, F>(s, row, panel, sums);
+                    }
+                }
+            }
+        }
+        if plan.whole_rows {
+            for row in block.clone() {
+                for panel in group.clone() {
+                    let at = ((panel - group.start) * block.len() + row - block.start) * PANEL;
+                    product
+                        .place(row, panel)
+                        .fetch::<_MM_HINT_T0>(1..2, 0..PANEL);
+                    product.finish::<S, F>(s, row, panel, &self.sums[at..at + PANEL]);
                 }
             }
         }
@@ -243,38 +259,33 @@ impl Product<'_> {
         }
     }
 
-    /// The epilogue: a tile's sums to the result.
+    /// The epilogue: a row's sums in a panel to the result.
     #[inline(always)]
-    fn finish<S: Simd, F: Format>(&self, s: S, rows: Range<usize>, panel: usize, sums: &[f32]) {
+    fn finish<S: Simd, F: Format>(&self, s: S, row: usize, panel: usize, sums: &[f32]) {
         let columns = PANEL.min(self.plan.n - panel * PANEL);
         let tail = (panel + 1) * self.plan.panel_bytes - F::TAIL_BYTES;
         let tail = &self.panels[tail..tail + F::TAIL_BYTES];
         let whole = &self.panels[panel * self.plan.panel_bytes..][..self.plan.panel_bytes];
-        let place = self.place(rows.start, panel);
-        for (index, sums) in sums.chunks_exact(PANEL).enumerate() {
-            place.fetch::<_MM_HINT_T0>(index + AHEAD..index + AHEAD + 1, 0..PANEL);
-            let row = rows.start + index;
-            let outliers = self.outliers.of(row);
-            let head = if F::HEADS {
-                self.heads[row]
-            } else {
-                Head::default()
-            };
-            for lane in (0..columns).step_by(S::LANES) {
-                let at = (row, panel * PANEL + lane);
-                // SAFETY: a register of sums and the tail of its columns; a whole register, or the
-                // columns that are left of the row, which this task alone writes.
-                unsafe {
-                    let tail = tail.as_ptr().add(lane * (F::TAIL_BYTES / PANEL));
-                    let mut value = F::finish(s, s.load(sums.as_ptr().add(lane)), tail, &head);
-                    if !outliers.is_empty() {
-                        value = add_outliers(s, value, outliers, whole, lane);
-                    }
-                    if lane + S::LANES <= columns {
-                        self.store::<S, true>(s, value, at, S::LANES);
-                    } else {
-                        self.store::<S, false>(s, value, at, columns - lane);
-                    }
+        let outliers = self.outliers.of(row);
+        let head = if F::HEADS {
+            self.heads[row]
+        } else {
+            Head::default()
+        };
+        for lane in (0..columns).step_by(S::LANES) {
+            let at = (row, panel * PANEL + lane);
+            // SAFETY: a register of sums and the tail of its columns; a whole register, or the
+            // columns that are left of the row, which this task alone writes.
+            unsafe {
+                let tail = tail.as_ptr().add(lane * (F::TAIL_BYTES / PANEL));
+                let mut value = F::finish(s, s.load(sums.as_ptr().add(lane)), tail, &head);
+                if !outliers.is_empty() {
+                    value = add_outliers(s, value, outliers, whole, lane);
+                }
+                if lane + S::LANES <= columns {
+                    self.store::<S, true>(s, value, at, S::LANES);
+                } else {
+                    self.store::<S, false>(s, value, at, columns - lane);
                 }
             }
         }

@@ -52,14 +52,18 @@ fn wide_levels<S: Simd>(s: S, block: &mut [f32]) {
                 // SAFETY: four quarters of 2 * stride values from `at` on, which are inside the block;
                 // a register of each.
                 unsafe {
-                    let places = [0, 1, 2, 3].map(|part| start.add(lane + part * quarter));
-                    let [a, b, c, d] = places.map(|place| s.load(place));
+                    // No loop and no array: the compiler would leave calls in their place.
+                    let first = start.add(lane);
+                    let (second, third) = (first.add(quarter), first.add(2 * quarter));
+                    let fourth = first.add(3 * quarter);
+                    let (a, b) = (s.load(first), s.load(second));
+                    let (c, d) = (s.load(third), s.load(fourth));
                     let (a, c) = (s.add(a, c), s.sub(a, c));
                     let (b, d) = (s.add(b, d), s.sub(b, d));
-                    s.store(places[0], s.add(a, b));
-                    s.store(places[1], s.sub(a, b));
-                    s.store(places[2], s.add(c, d));
-                    s.store(places[3], s.sub(c, d));
+                    s.store(first, s.add(a, b));
+                    s.store(second, s.sub(a, b));
+                    s.store(third, s.add(c, d));
+                    s.store(fourth, s.sub(c, d));
                 }
             }
             at += 2 * stride;

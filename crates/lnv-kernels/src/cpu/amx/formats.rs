@@ -12,6 +12,7 @@
 //! the formats without AMX, which run few rows: both give a row the same bits. bf16 has sums of its own
 //! order ([`super::Kind::Bf16`]), for one row as for many.
 
+use std::arch::x86_64::{__m512i, _mm512_cvtne2ps_pbh, _mm512_loadu_ps, _mm512_storeu_si512};
 use std::marker::PhantomData;
 
 use super::{
@@ -39,9 +40,9 @@ const FACTOR: usize = ROWS * STRIDE;
 /// What formats for AMX share with the format of the same weights without it.
 macro_rules! as_without {
     ($plain:ty) => {
-        as_without!($plain, as_is);
+        as_without!($plain, as_is, $plain);
     };
-    ($plain:ty, $prepare:ident) => {
+    ($plain:ty, $prepare:ident, $packer:ty) => {
         const COLUMN_BYTES: usize = <$plain>::COLUMN_BYTES;
         const STEP_K: usize = <$plain>::STEP_K;
         const TAIL_BYTES: usize = <$plain>::TAIL_BYTES;
@@ -73,7 +74,7 @@ macro_rules! as_without {
             let mut room = [0.0; PACK];
             let x = $prepare(x, &mut room);
             // SAFETY: the caller's contract.
-            unsafe { <$plain>::pack_row(s, x, step, elements, out, stride) }
+            unsafe { <$packer>::pack_row(s, x, step, elements, out, stride) }
         }
 
         #[inline(always)]
@@ -145,8 +146,80 @@ whole_rows!(
 );
 whole_rows!(
     /// bf16 weights times activations rounded to bf16.
-    AmxBf16 DotBf16, Bf16
+    AmxBf16 Rounded, Bf16
 );
+
+/// [`DotBf16`] whose activations are rounded by the instruction for it, where they lie in order.
+#[derive(Clone, Copy)]
+struct Rounded;
+
+impl Format for Rounded {
+    const COLUMN_BYTES: usize = DotBf16::COLUMN_BYTES;
+    const STEP_K: usize = DotBf16::STEP_K;
+    const A_PER_STEP: usize = DotBf16::A_PER_STEP;
+    type Unpacked = Self;
+
+    fn launch<K: Kernel>(isa: Isa, kernel: K) {
+        DotBf16::launch(isa, kernel);
+    }
+
+    #[inline(always)]
+    unsafe fn pack_row<S: Simd>(
+        _: S,
+        x: &[f32],
+        _: Step,
+        elements: usize,
+        out: *mut u32,
+        stride: usize,
+    ) -> i32 {
+        assert!(stride == 1 && x.len() <= 2 * elements);
+        let (pieces, rest) = x.as_chunks::<{ 2 * PIECE }>();
+        // SAFETY: the caller's contract: a piece of elements for each piece of x, and some for the rest,
+        // which is filled up with zeros. This is inside launch, so there is the instruction.
+        unsafe {
+            for (index, piece) in pieces.iter().enumerate() {
+                round(piece, out.add(index * PIECE).cast());
+            }
+            if !rest.is_empty() {
+                let (mut whole, mut room) = ([0.0; 2 * PIECE], [0u32; PIECE]);
+                whole[..rest.len()].copy_from_slice(rest);
+                round(&whole, room.as_mut_ptr().cast());
+                let at = pieces.len() * PIECE;
+                std::ptr::copy_nonoverlapping(room.as_ptr(), out.add(at), PIECE.min(elements - at));
+            }
+        }
+        0
+    }
+
+    #[inline(always)]
+    unsafe fn step<S: Simd, const R: usize, const V: usize>(
+        _: S,
+        _: &mut [[S::F; V]; R],
+        _: *const u32,
+        _: *const u8,
+        _: usize,
+    ) {
+        unreachable!("a step of a format for AMX. This is a bug.");
+    }
+}
+
+/// Rounds 32 values to bf16, ties to even, subnormal ones to zero.
+///
+/// # Safety
+/// The processor has the instruction; 32 values can be written to `out`.
+#[inline]
+#[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn round(x: &[f32; 2 * PIECE], out: *mut __m512i) {
+    // SAFETY: the caller's contract; two registers' values.
+    unsafe {
+        let (low, high) = (
+            _mm512_loadu_ps(x.as_ptr()),
+            _mm512_loadu_ps(x.as_ptr().add(PIECE)),
+        );
+        let rounded: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
+        _mm512_storeu_si512(out, rounded);
+    }
+}
 
 /// The tile's sums over a block of k, new or continued.
 ///
@@ -233,7 +306,7 @@ impl Grouped for AmxQ4 {
 pub(crate) struct AmxBnb4<T>(PhantomData<T>);
 
 impl<T: Values> Format for AmxBnb4<T> {
-    as_without!(Bnb4<Pairs, T>, flushed);
+    as_without!(Bnb4<Pairs, T>, flushed, Rounded);
     const A_PER_STEP: usize = Bnb4::<Pairs, T>::A_PER_STEP;
     const UNIT: usize = Self::A_PER_STEP;
     type Unpacked = <Bnb4<Pairs, T> as Format>::Unpacked;

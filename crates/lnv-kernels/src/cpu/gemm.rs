@@ -34,8 +34,11 @@ use crate::isa::Isa;
 use crate::ops::Epilogue;
 use crate::weight::{PANEL, Weight, WeightDtype};
 
-/// How far ahead of the arithmetic a panel is fetched, in bytes.
-const PREFETCH: usize = 8 << 10;
+/// How far ahead of the arithmetic a panel is fetched, in bytes: 8 KB served an Emerald Rapids, on which less
+/// was not tried. A Granite Rapids, here known by AMX, reads 5 to 15 % faster at 2 KB.
+fn fetched_ahead(isa: Isa) -> usize {
+    if isa == Isa::Amx { 2 << 10 } else { 8 << 10 }
+}
 
 /// Rows from which the tile registers of AMX multiply bytes; for fewer, which bits do not tell from it, the
 /// byte dot product has less to lay out.
@@ -180,6 +183,7 @@ impl<F: Format> Kernel for Task<'_, F> {
         let block = plan.rows_of(&tiles);
         let unpacks = F::UNPACKS && (tiles.len() > 1 || F::UNIT > 1);
         let mut registers = (F::UNIT > 1).then(Tiles::new);
+        let fetched = fetched_ahead(plan.isa);
         let mut blocks = plan.order(&group).peekable();
         while let Some((steps, panel)) = blocks.next() {
             let mut w = product.block(panel, &steps);
@@ -205,6 +209,8 @@ impl<F: Format> Kernel for Task<'_, F> {
                     steps: steps.len(),
                     result: (steps.end == plan.steps).then(|| product.place(rows.start, panel)),
                     ahead,
+                    fetched,
+                    alone: tiles.len() == 1,
                 };
                 let more = steps.start > 0;
                 if let Some(registers) = &mut registers {
@@ -350,6 +356,10 @@ pub(crate) struct Tile<'a> {
     result: Option<Place>,
     /// What is read after this panel.
     pub(crate) ahead: Ahead,
+    /// See [`fetched_ahead`].
+    pub(crate) fetched: usize,
+    /// Whether no other tile reads the panel, so that it comes from memory.
+    pub(crate) alone: bool,
 }
 
 /// Memory to be fetched meanwhile.
@@ -491,7 +501,7 @@ fn tile<S: Simd, F: Format, const ROWS: usize, const V: usize>(
                 unsafe {
                     let a = t.a.as_ptr().add(step * ROWS * F::A_PER_STEP);
                     let w = t.w.as_ptr().add(step * step_bytes);
-                    F::fetch::<S, V>(w.wrapping_add(PREFETCH), first);
+                    F::fetch::<S, V>(w.wrapping_add(t.fetched), first);
                     F::step(s, &mut acc, a, w, first);
                 }
                 step += 1;
@@ -550,6 +560,8 @@ fn spin_format<F: Format>(isa: Isa, times: usize) -> Spun {
         steps,
         result: None,
         ahead: Ahead::default(),
+        fetched: fetched_ahead(isa),
+        alone: false,
     };
     for _ in 0..times {
         any_tile::<F>(isa, std::hint::black_box(&tile), &mut sums, true);

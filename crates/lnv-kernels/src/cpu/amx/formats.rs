@@ -20,7 +20,7 @@ use super::{
     multiply, store, store_sums, zero, zero_sums,
 };
 use crate::cpu::bnb::{self, Bnb4, Int8, Pairs, Values, WORD, Wide};
-use crate::cpu::formats::{DotBf16, Format, Head, round_bf16};
+use crate::cpu::formats::{DotBf16, Format, Head, fetch_line, round_bf16};
 use crate::cpu::gemm::{PACK, Tile};
 use crate::cpu::int::Vnni;
 use crate::cpu::quantised::{Q4, Q4Bytes, Q8};
@@ -240,8 +240,15 @@ unsafe fn whole_rows<M: Multiply>(tiles: &Tiles, t: &Tile<'_>, sums: &mut [f32],
         }
         for unit in 0..whole {
             let a = t.a.as_ptr().add(unit * rows * PIECE).cast();
-            ahead.fetch();
-            add_product::<M>(tiles, a, (t.w.as_ptr().add(unit * FACTOR), STRIDE));
+            let w = t.w.as_ptr().add(unit * FACTOR);
+            if t.alone {
+                for line in (0..FACTOR).step_by(64) {
+                    fetch_line(w.wrapping_add(t.fetched + line));
+                }
+            } else {
+                ahead.fetch();
+            }
+            add_product::<M>(tiles, a, (w, STRIDE));
         }
         if whole * PIECE < t.steps {
             let mut last = [0; FACTOR];

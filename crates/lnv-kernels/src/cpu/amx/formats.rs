@@ -343,7 +343,7 @@ impl<T: Values> Grouped for AmxBnb4<T> {
     }
 }
 
-/// The same for a few rows, by vector registers: the sums of [`Kind::Bf16`] in f32.
+/// The same for a few rows, by vector registers: the sums of [`super::Kind::Bf16`] in f32.
 #[derive(Clone, Copy)]
 pub(crate) struct InOrder<T>(PhantomData<T>);
 

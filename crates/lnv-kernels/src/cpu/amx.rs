@@ -21,6 +21,8 @@ pub(crate) use formats::{AmxBf16, AmxBnb4, AmxInt8, AmxQ4, AmxQ8, InOrder};
 pub(crate) const ROWS: usize = 16;
 /// Bytes of a row of a register.
 pub(crate) const ROW_BYTES: usize = 64;
+/// Packed elements of a row of a register.
+pub(crate) const PIECE: usize = ROW_BYTES / 4;
 
 /// Whether the processor has AMX for bytes and for bf16, and the operating system lets us use it.
 pub(crate) fn is_available() -> bool {

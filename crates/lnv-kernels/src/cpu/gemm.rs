@@ -222,7 +222,7 @@ impl<F: Format> Kernel for Task<'_, F> {
                 } else {
                     any_tile::<F>(plan.isa, &tile, sums, more);
                 }
-                if steps.end == plan.steps && !plan.whole_rows {
+                if steps.end == plan.steps && !plan.finishes_rows() {
                     for (row, sums) in rows.clone().zip(sums.chunks_exact(PANEL)) {
                         product
                             .place(row, panel)
@@ -232,7 +232,7 @@ impl<F: Format> Kernel for Task<'_, F> {
                 }
             }
         }
-        if plan.whole_rows {
+        if plan.finishes_rows() {
             for row in block.clone() {
                 for panel in group.clone() {
                     let at = ((panel - group.start) * block.len() + row - block.start) * PANEL;

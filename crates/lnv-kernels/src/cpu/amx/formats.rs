@@ -16,8 +16,8 @@ use std::arch::x86_64::{__m512i, _mm512_cvtne2ps_pbh, _mm512_loadu_ps, _mm512_st
 use std::marker::PhantomData;
 
 use super::{
-    Bf16, Multiply, ROW_BYTES, ROWS, Signed, SignedUnsigned, Tiles, add_product, load, load_sums,
-    multiply, store, store_sums, zero, zero_sums,
+    Bf16, Multiply, PIECE, ROW_BYTES, ROWS, Signed, SignedUnsigned, Tiles, add_product, load,
+    load_sums, multiply, store, store_sums, zero, zero_sums,
 };
 use crate::cpu::bnb::{self, Bnb4, Int8, Pairs, Values, WORD, Wide};
 use crate::cpu::formats::{DotBf16, Format, Head, fetch_line, round_bf16};
@@ -30,8 +30,6 @@ use crate::weight::PANEL;
 use crate::weight::bnb4::GROUP;
 use crate::weight::q8::Step;
 
-/// Elements of a piece: 64 bytes.
-const PIECE: usize = ROW_BYTES / 4;
 /// Bytes between two rows of a right factor.
 const STRIDE: usize = 4 * PANEL;
 /// Bytes of a right factor of a panel's columns.
@@ -116,13 +114,13 @@ fn flushed<'a>(x: &[f32], room: &'a mut [f32; PACK]) -> &'a [f32] {
 
 /// A format whose sums are of whole rows.
 macro_rules! whole_rows {
-    ($(#[$about:meta])* $name:ident $plain:ty, $multiply:ty) => {
+    ($(#[$about:meta])* $name:ident $plain:ty, $packer:ty, $multiply:ty) => {
         $(#[$about])*
         #[derive(Clone, Copy)]
         pub(crate) struct $name;
 
         impl Format for $name {
-            as_without!($plain);
+            as_without!($plain, as_is, $packer);
             const A_PER_STEP: usize = 1;
             const UNIT: usize = PIECE;
             type Unpacked = Self;
@@ -138,31 +136,25 @@ macro_rules! whole_rows {
 
 whole_rows!(
     /// 8-bit weights.
-    AmxQ8 Q8<Vnni>, SignedUnsigned
+    AmxQ8 Q8<Vnni>, Q8<Vnni>, SignedUnsigned
 );
 whole_rows!(
     /// LLM.int8() weights.
-    AmxInt8 Int8<Vnni>, SignedUnsigned
+    AmxInt8 Int8<Vnni>, Int8<Vnni>, SignedUnsigned
 );
 whole_rows!(
     /// bf16 weights times activations rounded to bf16.
-    AmxBf16 Rounded, Bf16
+    AmxBf16 DotBf16, Rounded, Bf16
 );
 
-/// [`DotBf16`] whose activations are rounded by the instruction for it, where they lie in order.
-#[derive(Clone, Copy)]
+/// How activations become bf16: by the instruction for it.
 struct Rounded;
 
-impl Format for Rounded {
-    const COLUMN_BYTES: usize = DotBf16::COLUMN_BYTES;
-    const STEP_K: usize = DotBf16::STEP_K;
-    const A_PER_STEP: usize = DotBf16::A_PER_STEP;
-    type Unpacked = Self;
-
-    fn launch<K: Kernel>(isa: Isa, kernel: K) {
-        DotBf16::launch(isa, kernel);
-    }
-
+impl Rounded {
+    /// [`Format::pack_row`] of [`DotBf16`], for elements that lie side by side.
+    ///
+    /// # Safety
+    /// As there; only inside its launch.
     #[inline(always)]
     unsafe fn pack_row<S: Simd>(
         _: S,
@@ -189,17 +181,6 @@ impl Format for Rounded {
             }
         }
         0
-    }
-
-    #[inline(always)]
-    unsafe fn step<S: Simd, const R: usize, const V: usize>(
-        _: S,
-        _: &mut [[S::F; V]; R],
-        _: *const u32,
-        _: *const u8,
-        _: usize,
-    ) {
-        unreachable!("a step of a format for AMX. This is a bug.");
     }
 }
 

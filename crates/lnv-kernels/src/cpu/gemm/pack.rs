@@ -4,6 +4,7 @@
 use std::marker::PhantomData;
 
 use super::plan::Plan;
+use crate::cpu::amx::PIECE;
 use crate::cpu::formats::{Format, Head};
 use crate::cpu::rotate::rotate_row;
 use crate::cpu::scratch::Shared;
@@ -14,8 +15,6 @@ use crate::weight::q8::Step;
 pub(crate) const PACK: usize = 256;
 /// The most elements that so many values become.
 const ELEMENTS: usize = PACK;
-/// Elements of a piece of 64 bytes.
-const PIECE: usize = 16;
 /// Rows of the largest tile of any format.
 const MOST_ROWS: usize = 32;
 

@@ -38,9 +38,6 @@ pub(super) struct Plan {
     /// Whether all tiles but the last have as many rows as they can, and not rather equally many: it takes
     /// time to set tile registers up for others.
     whole_tiles: bool,
-    /// Whether results are finished a group of panels at a time, row by row, and not tile by tile: where a
-    /// product takes little longer than its result's way to memory, that goes in longer stretches.
-    pub(super) whole_rows: bool,
     pub(super) tiles: usize,
     pub(super) row_blocks: usize,
     pub(super) panels: usize,
@@ -92,7 +89,6 @@ impl Plan {
             panel_bytes: steps * step_bytes + F::TAIL_BYTES,
             tile_rows,
             whole_tiles: F::UNIT > 1,
-            whole_rows: F::UNIT > 1 && tiles > 1,
             tiles,
             row_blocks,
             panels,
@@ -137,7 +133,13 @@ impl Plan {
     /// Whether sums wait for the next block of k while other panels have their turn. With one tile of rows
     /// a panel is finished before the next.
     pub(super) fn waits(&self) -> bool {
-        self.tiles > 1 && (self.block_steps < self.steps || self.whole_rows)
+        self.tiles > 1 && (self.block_steps < self.steps || self.whole_tiles)
+    }
+
+    /// Whether results are finished a group of panels at a time, row by row, and not tile by tile: where a
+    /// product takes little longer than its result's way to memory, that goes in longer stretches.
+    pub(super) fn finishes_rows(&self) -> bool {
+        self.whole_tiles && self.tiles > 1
     }
 
     /// The rows of a tile.

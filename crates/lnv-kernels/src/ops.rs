@@ -15,6 +15,7 @@ macro_rules! fast {
 }
 
 mod attention;
+mod awake;
 mod linear;
 mod rows;
 mod vision;
@@ -88,10 +89,11 @@ impl Ops {
         rayon::current_num_threads()
     }
 
-    /// Runs `work`, many operations, on one of the threads that share them: each operation then
-    /// starts at once, where a thread from outside would wait to be heard (20 to 50 µs).
+    /// Runs `work`, many operations, on one of the threads that share them, and keeps the others awake
+    /// meanwhile: each operation then starts at once, where a thread that sleeps or is outside would wait
+    /// to be heard (20 to 50 µs).
     pub fn together<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        rayon::scope(|_| work())
+        awake::keep(work)
     }
 
     /// A zeroed matrix, `[rows, cols]`.

@@ -28,7 +28,7 @@ use crate::processor::inputs::{ModelInputs, Pixels};
 const PREFILL_CHUNK: usize = 2048;
 
 /// What a caller is told while a call runs.
-pub type OnEvent<'a> = &'a mut dyn FnMut(Event) -> ControlFlow<()>;
+pub type OnEvent<'a> = &'a mut (dyn FnMut(Event) -> ControlFlow<()> + Send);
 
 /// Runs requests on one model.
 pub struct Engine {

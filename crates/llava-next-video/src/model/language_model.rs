@@ -13,7 +13,7 @@ use crate::config::{Dtype, TextConfig};
 use crate::error::Result;
 
 /// Called after each layer with the number done; an error stops the pass.
-pub type OnLayer<'a> = &'a mut dyn FnMut(usize) -> Result<()>;
+pub type OnLayer<'a> = &'a mut (dyn FnMut(usize) -> Result<()> + Send);
 
 /// `language_model` and `lm_head`.
 pub struct LanguageModel {
@@ -150,6 +150,18 @@ impl LanguageModel {
     pub fn forward(
         &self,
         ops: &Ops,
+        x: Buffer,
+        batch: &Batch<'_>,
+        cache: &mut KvCache,
+        read: (Keep, Taps),
+        on_layer: OnLayer<'_>,
+    ) -> Result<DecoderOutput> {
+        ops.together(|| self.layers(ops, x, batch, cache, read, on_layer))
+    }
+
+    fn layers(
+        &self,
+        ops: &Ops,
         mut x: Buffer,
         batch: &Batch<'_>,
         cache: &mut KvCache,
@@ -177,8 +189,7 @@ impl LanguageModel {
             let keep_here = if whole { Keep::All } else { keep };
             let weights;
             let (cache, scratch) = ((&mut *cache, i), &mut scratch);
-            (x, weights) =
-                ops.together(|| layer.forward(self, &pass, x, cache, keep_here, scratch));
+            (x, weights) = layer.forward(self, &pass, x, cache, keep_here, scratch);
             attentions.extend(weights);
             on_layer(i + 1)?;
         }

@@ -4,24 +4,35 @@
 //! (which token goes on) and the *runner*, which drives the model. The engine knows only tokens: text
 //! enters through [`TokenText`], for stop strings.
 
+mod admission;
 mod beam;
 pub mod block_manager;
 mod constraint;
+mod context;
+mod features;
+mod job;
 pub mod logits;
+mod pace;
+pub mod prefix;
 mod request;
 mod runner;
 mod sequence;
 mod service;
+mod sight;
 mod stop;
 mod strategy;
 
 pub use constraint::{Constraint, Constraints};
+pub(crate) use context::check_context;
+pub use context::context_length;
+pub use job::Prepared;
 pub use request::{
     Completion, DEFAULT_NEW_TOKENS, EarlyStopping, Event, FinishReason, Generation,
-    GenerationOptions, MAX_NEW_TOKENS, MAX_SEQUENCES, MAX_STOP_STRINGS, Sampling, Timings,
+    GenerationOptions, MAX_LOGPROBS, MAX_NEW_TOKENS, MAX_SEQUENCES, MAX_STOP_STRINGS, Sampling,
+    Timings, TokenLogprob,
 };
-pub use runner::{Engine, OnEvent, Session, context_length};
-pub use sequence::{MediaSpan, Sequence};
+pub use runner::{Engine, EngineLimits, OnEvent};
+pub use sequence::Sequence;
 pub use service::{
     OnRequestEvent, Refused, Request, RequestEvent, RequestId, Service, ServiceLimits, ServiceStats,
 };

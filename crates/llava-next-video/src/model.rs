@@ -27,7 +27,10 @@ pub use forward::{
     PastKeyValues, Values,
 };
 pub use language_model::{default_kv_dtype, kv_bytes_per_token};
-pub use llava_next_video::{EmbeddedRow, InputsEmbeds, LlavaNextVideoModel, LoadOptions, OnBytes};
+pub use llava_next_video::{
+    EmbeddedRow, InputsEmbeds, LlavaNextVideoModel, LoadOptions, OnBytes, Placed,
+};
 pub use loader::PlannedWeight;
 pub use save::Repacking;
+pub use vision_tower::{PICTURES_PER_PASS, TowerPass};
 pub use weights::Checkpoint;

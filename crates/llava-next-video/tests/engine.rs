@@ -9,8 +9,7 @@ use std::sync::Arc;
 
 use llava_next_video::config::{CheckpointFiles, Dtype, GenerationConfig, LlavaNextVideoConfig};
 use llava_next_video::engine::{
-    Engine, Event, FinishReason, Generation, GenerationOptions, Sampling, Session, TokenText,
-    logits,
+    Engine, Event, FinishReason, Generation, GenerationOptions, Sampling, TokenText, logits,
 };
 use llava_next_video::model::{
     ForwardInputs, ForwardOptions, ForwardSource, LlavaNextVideoModel, LoadOptions, PastKeyValues,
@@ -156,9 +155,9 @@ fn a_prompt_in_chunks_equals_the_prompt_whole() {
     }
 }
 
-/// Two turns, the second with a new image: the session runs only what is new and answers the same.
+/// Two turns, the second with a new image: the engine runs only what is new and answers the same.
 #[test]
-fn a_session_goes_on_with_new_media() {
+fn a_chat_goes_on_with_new_media() {
     let mut fixture = Fixture::new("llama-default");
     let config = fixture.engine.model().config().clone();
     let whole = fixture.inputs("images-over-turns");
@@ -177,13 +176,12 @@ fn a_session_goes_on_with_new_media() {
         images: vec![whole.images[0].clone()],
         videos: Vec::new(),
     };
-    let mut session = Session::default();
-    let mut turn = |fixture: &mut Fixture, inputs: &ModelInputs| {
+    let turn = |fixture: &mut Fixture, inputs: &ModelInputs| {
         let watch = &mut |_: Event| ControlFlow::Continue(());
         let options = greedy(8);
         fixture
             .engine
-            .generate_in_session(&mut session, inputs, &options, &(), watch)
+            .generate(inputs, &options, &(), watch)
             .unwrap()
     };
     let one = turn(&mut fixture, &first);
@@ -193,7 +191,7 @@ fn a_session_goes_on_with_new_media() {
         two.cached_tokens, cut,
         "everything before the new image is kept"
     );
-    let fresh = fixture.run(&whole, &greedy(8));
+    let fresh = Fixture::new("llama-default").run(&whole, &greedy(8));
     assert_eq!(two.completions[0].ids, fresh.completions[0].ids);
 
     // Another picture under the same ids is no match, though the ids are.
@@ -204,9 +202,8 @@ fn a_session_goes_on_with_new_media() {
         three.cached_tokens <= places[0],
         "the cache is not asked by ids alone"
     );
-    let fresh = fixture.run(&other, &greedy(8));
+    let fresh = Fixture::new("llama-default").run(&other, &greedy(8));
     assert_eq!(three.completions[0].ids, fresh.completions[0].ids);
-    fixture.engine.forget(&mut session);
     assert_eq!(fixture.engine.blocks_in_use(), 0);
 }
 

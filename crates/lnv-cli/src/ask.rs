@@ -108,7 +108,7 @@ fn answer(
     let mut bars = StageBars::new();
     let mut failed = None;
     let mut on_event = |event: Event| {
-        let flow = bars.show(event);
+        let flow = bars.show(&event);
         if let Event::Token { id, .. } = event
             && streamed
             && !eos.contains(&id)

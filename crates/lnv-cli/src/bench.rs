@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use llava_next_video::config::{GenerationConfig, LlavaNextVideoConfig, TextConfig};
-use llava_next_video::engine::{Engine, Event, GenerationOptions};
+use llava_next_video::engine::{Engine, EngineLimits, Event, GenerationOptions};
 use llava_next_video::media::{FrameSampling, ImageSize};
 use llava_next_video::model::{Checkpoint, Formats, LlavaNextVideoModel, kv_bytes_per_token};
 use llava_next_video::processor::conversation::{
@@ -274,7 +274,14 @@ struct Seconds {
 
 impl Seconds {
     fn best(model: &Arc<LlavaNextVideoModel>, inputs: &ModelInputs, steps: usize) -> Result<Self> {
-        let mut engine = Engine::new(Arc::clone(model), GenerationConfig::default());
+        // Each run is to do all of the work.
+        let limits = EngineLimits {
+            feature_bytes: 0,
+            prefix_caching: false,
+            ..EngineLimits::default()
+        };
+        let defaults = GenerationConfig::default();
+        let mut engine = Engine::with_limits(Arc::clone(model), defaults, limits);
         let options = GenerationOptions {
             max_new_tokens: Some(steps + 1),
             num_return_sequences: 1,

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use llava_next_video::config::RopeOverride;
-use llava_next_video::engine::{Engine, Event, GenerationOptions, Session};
+use llava_next_video::engine::{Engine, Event, GenerationOptions};
 use llava_next_video::media::FrameSampling;
 use llava_next_video::processor::conversation::{Content, Conversation, Message, Role};
 use rustyline::error::ReadlineError;
@@ -57,7 +57,6 @@ pub fn run(args: &ChatArgs, media: Vec<NamedMedium>) -> Result<()> {
     let loaded = options.load(pipeline.config.clone(), &pipeline.files, frames)?;
     let mut chat = Chat {
         engine: Engine::new(Arc::new(loaded.model), pipeline.generation.clone()),
-        session: Session::default(),
         conversation: Conversation::default(),
         media: LoadedMedia::default(),
         pending: Vec::new(),
@@ -86,7 +85,6 @@ fn load(content: Vec<Content>, sampling: FrameSampling) -> Result<(Vec<Content>,
 
 struct Chat {
     engine: Engine,
-    session: Session,
     conversation: Conversation,
     media: LoadedMedia,
     /// Media for the next question.
@@ -104,7 +102,6 @@ impl Chat {
         self.conversation = Conversation::default();
         self.media = LoadedMedia::default();
         self.pending.clear();
-        self.engine.forget(&mut self.session);
         if let Some(system) = &self.system {
             self.conversation
                 .messages
@@ -197,7 +194,7 @@ impl Chat {
         let mut failed = None;
         let interrupted = &self.interrupted;
         let mut on_event = |event: Event| {
-            let _ = bars.show(event);
+            let _ = bars.show(&event);
             if let Event::Token { id, .. } = event
                 && !eos.contains(&id)
                 && let Err(error) = stream.push(id)
@@ -209,13 +206,9 @@ impl Chat {
                 false => ControlFlow::Continue(()),
             }
         };
-        let result = self.engine.generate_in_session(
-            &mut self.session,
-            &inputs,
-            &self.generation,
-            &Text(tokenizer),
-            &mut on_event,
-        );
+        let result =
+            self.engine
+                .generate(&inputs, &self.generation, &Text(tokenizer), &mut on_event);
         bars.finish();
         let generation = result?;
         if let Some(error) = failed {

@@ -43,7 +43,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let mut engine = Engine::new(Arc::new(loaded.model), pipeline.generation.clone());
     let mut bars = StageBars::new();
     let text = Text(&pipeline.processor.tokenizer);
-    let result = engine.generate(&inputs, &generation, &text, &mut |event| bars.show(event));
+    let result = engine.generate(&inputs, &generation, &text, &mut |event| bars.show(&event));
     bars.finish();
     let result = result?;
     print(args.format, &pipeline, &generation, &result, clock)?;

@@ -306,5 +306,6 @@ pub fn generation(
         },
         eos_token_ids: None,
         stop: args.stop.clone(),
+        logprobs: None,
     })
 }

@@ -194,10 +194,10 @@ impl StageBars {
     }
 
     /// Shows an event; a token ends the bars.
-    pub fn show(&mut self, event: Event) -> ControlFlow<()> {
+    pub fn show(&mut self, event: &Event) -> ControlFlow<()> {
         match event {
-            Event::Vision { done, total } => self.set(Stage::Vision, done, total),
-            Event::Prefill { done, total } => self.set(Stage::Prefill, done, total),
+            Event::Vision { done, total } => self.set(Stage::Vision, *done, *total),
+            Event::Prefill { done, total } => self.set(Stage::Prefill, *done, *total),
             Event::Token { .. } => self.finish(),
         }
         ControlFlow::Continue(())

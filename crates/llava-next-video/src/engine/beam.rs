@@ -7,18 +7,21 @@
 //! are right, which they are not in the reference (its pixels are repeated in the wrong order).
 //! Scores are f32 and compared with the reference's constant, so that ties and near ties fall alike.
 
+use std::sync::Arc;
+
 use super::logits::{log_softmax, process, warp};
 use super::request::{Completion, EarlyStopping, FinishReason, Resolved};
 use super::sequence::Sequence;
 use super::stop::{StopStrings, TokenText};
 use super::strategy::{Continuation, Step, Strategy};
+use crate::error::Result;
 
 /// The reference's stand-in for minus infinity.
 const NEVER: f32 = -1.0e9;
 
 /// Beam search over a batch.
-pub(crate) struct Beams<'a> {
-    options: &'a Resolved,
+pub(crate) struct Beams {
+    options: Arc<Resolved>,
     stop: StopStrings,
     rows: Vec<RowBeams>,
     /// New tokens so far.
@@ -49,9 +52,9 @@ struct Candidate {
     ends: Option<FinishReason>,
 }
 
-impl<'a> Beams<'a> {
+impl Beams {
     /// For `rows` rows; the engine starts with `num_beams` equal sequences a row.
-    pub fn new(options: &'a Resolved, rows: usize) -> Self {
+    pub fn new(options: Arc<Resolved>, rows: usize) -> Self {
         let n = options.num_beams;
         let empty = Finished {
             ids: Vec::new(),
@@ -81,7 +84,7 @@ impl<'a> Beams<'a> {
         scores: Vec<Vec<f32>>,
         text: &dyn TokenText,
     ) -> Vec<Candidate> {
-        let options = self.options;
+        let options = &*self.options;
         let wanted = (1 + options.eos_token_ids.len()).max(2) * options.num_beams;
         let mut all: Vec<Candidate> = Vec::new();
         for (beam, (sequence, mut scores)) in beams.iter().zip(scores).enumerate() {
@@ -127,7 +130,7 @@ impl<'a> Beams<'a> {
 
     /// True where another step could still change the outcome, over the whole batch.
     fn unfinished(&self, all_end: bool) -> bool {
-        let options = self.options;
+        let options = &*self.options;
         let never = options.early_stopping == EarlyStopping::Never && options.length_penalty > 0.0;
         let length = if never {
             options.max_new_tokens
@@ -193,8 +196,13 @@ impl RowBeams {
     }
 }
 
-impl Strategy for Beams<'_> {
-    fn step(&mut self, running: &[Sequence], scores: Vec<Vec<f32>>, text: &dyn TokenText) -> Step {
+impl Strategy for Beams {
+    fn step(
+        &mut self,
+        running: &[Sequence],
+        scores: Vec<Vec<f32>>,
+        text: &dyn TokenText,
+    ) -> Result<Step> {
         let n = self.options.num_beams;
         let mut step = Step::default();
         let mut all_end = true;
@@ -204,7 +212,7 @@ impl Strategy for Beams<'_> {
             let own: Vec<Vec<f32>> = scores.by_ref().take(n).collect();
             let candidates = self.candidates(row, beams, own, text);
             all_end &= candidates.iter().all(|c| c.ends.is_some());
-            row.admit(&candidates, beams, self.options);
+            row.admit(&candidates, beams, &self.options);
             let on = row.run_on(candidates, n);
             step.go_on.extend(on.iter().map(|c| Continuation {
                 parent: i * n + c.beam,
@@ -216,18 +224,18 @@ impl Strategy for Beams<'_> {
         if !self.unfinished(all_end) {
             step.go_on.clear();
         }
-        step
+        Ok(step)
     }
 
-    fn finish(&mut self, running: &[Sequence], cancelled: bool) -> Vec<Completion> {
+    fn finish(&mut self, running: &[Sequence], cut: Option<FinishReason>) -> Vec<Completion> {
         let mut completions = Vec::new();
         for (i, row) in self.rows.iter().enumerate() {
             let best = row.pool.iter().take(self.options.num_return_sequences);
             for (rank, finished) in best.enumerate() {
                 // Cut short before enough beams ended: the running ones stand in.
                 let beam = running.get(i * self.options.num_beams + rank);
-                let (ids, finish_reason) = match (finished.real, cancelled, beam) {
-                    (false, true, Some(beam)) => (beam.new_ids().to_vec(), FinishReason::Cancelled),
+                let (ids, finish_reason) = match (finished.real, cut, beam) {
+                    (false, Some(cut), Some(beam)) => (beam.new_ids().to_vec(), cut),
                     _ => (finished.ids.clone(), finished.reason),
                 };
                 completions.push(Completion {
@@ -235,6 +243,7 @@ impl Strategy for Beams<'_> {
                     ids,
                     finish_reason,
                     score: Some(finished.score),
+                    logprobs: Vec::new(),
                 });
             }
         }

@@ -3,6 +3,7 @@
 //! Options carry Transformers' names and defaults. They are resolved once, against the checkpoint's
 //! `generation_config.json`, and checked: nonsense is refused before any work is done.
 
+use super::logits::log_softmax;
 use crate::config::{GenerationConfig, TextConfig};
 use crate::error::{Error, Result};
 
@@ -18,6 +19,9 @@ pub const MAX_SEQUENCES: usize = 256;
 /// Most stop strings, and the longest in bytes.
 pub const MAX_STOP_STRINGS: usize = 64;
 const MAX_STOP_BYTES: usize = 4096;
+
+/// Most of the likeliest tokens that are told.
+pub const MAX_LOGPROBS: usize = 32;
 
 /// When beam search may end (`early_stopping`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -84,6 +88,8 @@ pub struct GenerationOptions {
     pub eos_token_ids: Option<Vec<u32>>,
     /// Texts that end an answer.
     pub stop: Vec<String>,
+    /// Tell how likely each new token was, and so many of the likeliest in its place. Not for beams.
+    pub logprobs: Option<usize>,
 }
 
 /// Options with every choice made.
@@ -101,6 +107,7 @@ pub(crate) struct Resolved {
     pub early_stopping: EarlyStopping,
     pub eos_token_ids: Vec<u32>,
     pub stop: Vec<String>,
+    pub logprobs: Option<usize>,
 }
 
 impl GenerationOptions {
@@ -135,6 +142,7 @@ impl GenerationOptions {
             early_stopping: self.early_stopping,
             eos_token_ids: eos,
             stop: self.stop.clone(),
+            logprobs: self.logprobs,
         };
         resolved.check()?;
         Ok(resolved)
@@ -217,6 +225,11 @@ impl Resolved {
                  ({beams})"
             ));
         }
+        if let Some(top) = self.logprobs.filter(|top| *top > MAX_LOGPROBS) {
+            return refuse(format!(
+                "{top} log probabilities a token; {MAX_LOGPROBS} at most"
+            ));
+        }
         if self.stop.len() > MAX_STOP_STRINGS {
             return refuse(format!(
                 "{} stop strings; {MAX_STOP_STRINGS} at most",
@@ -270,6 +283,42 @@ pub struct Completion {
     pub finish_reason: FinishReason,
     /// The beam's score: log probability over `length ^ length_penalty`.
     pub score: Option<f32>,
+    /// One for each id, where asked for; else empty.
+    pub logprobs: Vec<TokenLogprob>,
+}
+
+/// How likely a token was, by the scores as the model gave them: before temperature, penalties and
+/// constraints.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprob {
+    /// The token.
+    pub id: u32,
+    /// Its natural log probability.
+    pub logprob: f32,
+    /// The likeliest tokens, best first, as many as asked for.
+    pub top: Vec<(u32, f32)>,
+}
+
+impl TokenLogprob {
+    pub(crate) fn new(mut scores: Vec<f32>, id: u32, top: usize) -> Self {
+        log_softmax(&mut scores);
+        let mut order: Vec<u32> = (0..scores.len() as u32).collect();
+        let by_score = |a: &u32, b: &u32| {
+            let (x, y) = (scores[*a as usize], scores[*b as usize]);
+            y.total_cmp(&x).then(a.cmp(b))
+        };
+        let top = top.min(order.len());
+        if top > 0 && top < order.len() {
+            order.select_nth_unstable_by(top - 1, by_score);
+        }
+        order.truncate(top);
+        order.sort_by(by_score);
+        Self {
+            id,
+            logprob: scores[id as usize],
+            top: order.iter().map(|id| (*id, scores[*id as usize])).collect(),
+        }
+    }
 }
 
 /// Seconds spent in each stage.
@@ -299,7 +348,7 @@ pub struct Generation {
 }
 
 /// What happens while a call runs; returning `Break` stops it and keeps what is there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// Pictures through the vision tower.
     Vision {
@@ -321,5 +370,7 @@ pub enum Event {
         sequence: usize,
         /// The id.
         id: u32,
+        /// How likely it was, where asked for.
+        logprob: Option<TokenLogprob>,
     },
 }

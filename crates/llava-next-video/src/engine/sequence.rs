@@ -1,16 +1,6 @@
 //! A sequence in the engine: its ids, and the blocks of the cache that hold its keys and values.
 
-/// Which medium stands where in a sequence: part of what a cached prefix is compared by, since two
-/// videos share their placeholder ids.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MediaSpan {
-    /// First placeholder's index in the ids.
-    pub start: usize,
-    /// Placeholders.
-    pub len: usize,
-    /// Digest of the pixels.
-    pub digest: u64,
-}
+use super::prefix::Chain;
 
 /// One running sequence.
 #[derive(Debug, Clone, Default)]
@@ -28,6 +18,8 @@ pub struct Sequence {
     pub cached: usize,
     /// Its blocks, in order.
     pub blocks: Vec<u32>,
+    /// The names of its blocks.
+    pub(crate) chain: Chain,
 }
 
 impl Sequence {

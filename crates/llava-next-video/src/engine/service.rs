@@ -4,15 +4,20 @@
 //! that the library starts no async runtime and a caller may bring its own. Every accepted request hears
 //! [`RequestEvent::Done`] exactly once, whatever happens; one that no longer wants to says so by `Break`.
 
+use std::collections::HashMap;
 use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, Weak, mpsc};
 
 use super::constraint::Constraints;
+use super::job::Prepared;
 use super::request::{Event, Generation, GenerationOptions};
 use super::runner::Engine;
 use super::stop::TokenText;
-use crate::error::Result;
+use crate::config::GenerationConfig;
+use crate::error::{Error, Result};
+use crate::model::LlavaNextVideoModel;
 use crate::processor::inputs::ModelInputs;
 
 /// Called with what happens to a request; `Break` cancels it.
@@ -115,74 +120,127 @@ pub struct Service {
 }
 
 struct Shared {
-    sender: Mutex<mpsc::Sender<(RequestId, Request)>>,
-    next: Mutex<u64>,
+    sender: Mutex<mpsc::Sender<Command>>,
+    model: Arc<LlavaNextVideoModel>,
+    defaults: GenerationConfig,
     limits: ServiceLimits,
-    waiting: AtomicUsize,
+    next: AtomicU64,
+    /// Requests that were accepted and are not over.
+    open: AtomicUsize,
     closing: AtomicBool,
     stats: Mutex<ServiceStats>,
 }
 
+enum Command {
+    Submit(Box<Submitted>),
+    Cancel(RequestId),
+}
+
+struct Submitted {
+    id: RequestId,
+    prepared: Prepared,
+    client: u64,
+    on_event: OnRequestEvent,
+}
+
 impl Service {
-    /// Starts the engine's thread.
+    /// Starts the engine's thread. It ends when every handle is gone and nothing runs.
     pub fn start(
-        mut engine: Engine,
+        engine: Engine,
         text: Arc<dyn TokenText + Send + Sync>,
         limits: ServiceLimits,
     ) -> Service {
-        let (sender, receiver) = mpsc::channel::<(RequestId, Request)>();
+        let (sender, receiver) = mpsc::channel();
         let shared = Arc::new(Shared {
             sender: Mutex::new(sender),
-            next: Mutex::new(0),
+            model: Arc::clone(engine.model()),
+            defaults: engine.defaults().clone(),
             limits,
-            waiting: AtomicUsize::new(0),
+            next: AtomicU64::new(0),
+            open: AtomicUsize::new(0),
             closing: AtomicBool::new(false),
-            stats: Mutex::default(),
+            stats: Mutex::new(engine.stats()),
         });
-        let own = Arc::clone(&shared);
-        std::thread::spawn(move || {
-            for (_, mut request) in receiver {
-                own.waiting.fetch_sub(1, Ordering::SeqCst);
-                let on_event = &mut request.on_event;
-                let result = engine.generate(
-                    &request.inputs,
-                    &request.options,
-                    text.as_ref(),
-                    &mut |event| on_event(RequestEvent::Progress(event)),
-                );
-                let _ = (request.on_event)(RequestEvent::Done(result));
-            }
-        });
+        let worker = Worker {
+            engine,
+            text,
+            receiver,
+            callbacks: HashMap::new(),
+            shared: Arc::downgrade(&shared),
+        };
+        std::thread::Builder::new()
+            .name("engine".into())
+            .spawn(move || worker.run())
+            .expect("a thread can be started");
         Service { shared }
     }
 
-    /// Hands a request over.
+    /// The model that answers.
+    pub fn model(&self) -> &LlavaNextVideoModel {
+        &self.shared.model
+    }
+
+    /// Hands a request over. It is checked here, on the caller's thread; one that is wrong hears
+    /// [`RequestEvent::Done`] before this returns.
     ///
     /// # Errors
     /// Too many wait, or the service is closing; the request has then heard nothing.
     pub fn submit(&self, request: Request) -> std::result::Result<RequestId, Refused> {
-        if self.shared.closing.load(Ordering::SeqCst) {
+        let shared = &self.shared;
+        if shared.closing.load(Ordering::SeqCst) {
             return Err(Refused::Closing);
         }
-        let waiting = self.shared.waiting.load(Ordering::SeqCst);
-        if waiting >= self.shared.limits.waiting {
+        let open = shared.open.fetch_add(1, Ordering::SeqCst);
+        let waiting = open.saturating_sub(self.stats().running);
+        if waiting >= shared.limits.waiting {
+            shared.open.fetch_sub(1, Ordering::SeqCst);
             return Err(Refused::Full(waiting));
         }
-        let mut next = self.shared.next.lock().expect("no panic while held");
-        *next += 1;
-        let id = RequestId(*next);
-        self.shared.waiting.fetch_add(1, Ordering::SeqCst);
-        let sender = self.shared.sender.lock().expect("no panic while held");
-        sender.send((id, request)).map_err(|_| Refused::Closing)?;
+        let id = RequestId(shared.next.fetch_add(1, Ordering::SeqCst) + 1);
+        let Request {
+            inputs,
+            options,
+            constraints,
+            client,
+            mut on_event,
+        } = request;
+        let (model, defaults) = (&shared.model, &shared.defaults);
+        let prepared = match Prepared::new(model, defaults, inputs, &options, constraints) {
+            Ok(prepared) => prepared,
+            Err(error) => {
+                shared.open.fetch_sub(1, Ordering::SeqCst);
+                let _ = on_event(RequestEvent::Done(Err(error)));
+                return Ok(id);
+            }
+        };
+        let submitted = Box::new(Submitted {
+            id,
+            prepared,
+            client,
+            on_event,
+        });
+        if !self.send(Command::Submit(submitted)) {
+            shared.open.fetch_sub(1, Ordering::SeqCst);
+            return Err(Refused::Closing);
+        }
         Ok(id)
     }
 
     /// Cancels a request, waiting or running; it hears `Done` with what there is.
-    pub fn cancel(&self, _id: RequestId) {}
+    pub fn cancel(&self, id: RequestId) {
+        self.send(Command::Cancel(id));
+    }
 
-    /// What the engine has done and is doing.
+    fn send(&self, command: Command) -> bool {
+        match self.shared.sender.lock() {
+            Ok(sender) => sender.send(command).is_ok(),
+            Err(_) => false,
+        }
+    }
+
+    /// What the engine has done and is doing, as of its last step.
     pub fn stats(&self) -> ServiceStats {
-        *self.shared.stats.lock().expect("no panic while held")
+        self.shared.stats.lock().map(|s| *s).unwrap_or_default()
     }
 
     /// Takes no more requests; those taken are still answered.
@@ -190,9 +248,98 @@ impl Service {
         self.shared.closing.store(true, Ordering::SeqCst);
     }
 
-    /// True where nothing runs or waits.
+    /// True where every request that was accepted is over.
     pub fn is_idle(&self) -> bool {
-        let stats = self.stats();
-        stats.running + stats.waiting == 0
+        self.shared.open.load(Ordering::SeqCst) == 0
+    }
+}
+
+/// The engine's thread.
+struct Worker {
+    engine: Engine,
+    text: Arc<dyn TokenText + Send + Sync>,
+    receiver: mpsc::Receiver<Command>,
+    callbacks: HashMap<RequestId, OnRequestEvent>,
+    shared: Weak<Shared>,
+}
+
+impl Worker {
+    fn run(mut self) {
+        loop {
+            let next = match self.engine.is_idle() {
+                true => self.receiver.recv().ok(),
+                false => self.receiver.try_recv().ok(),
+            };
+            match next {
+                Some(command) => {
+                    self.obey(command);
+                    continue;
+                }
+                None if self.engine.is_idle() => return,
+                None => {}
+            }
+            let step = catch_unwind(AssertUnwindSafe(|| self.step()));
+            if step.is_err() {
+                return self.break_off();
+            }
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Submit(submitted) => {
+                self.callbacks.insert(submitted.id, submitted.on_event);
+                self.engine
+                    .submit_as(submitted.id, submitted.prepared, submitted.client);
+            }
+            Command::Cancel(id) => self.engine.cancel(id),
+        }
+    }
+
+    fn step(&mut self) {
+        let callbacks = &mut self.callbacks;
+        let mut over = 0;
+        let mut sink = |id: RequestId, event: RequestEvent| match event {
+            RequestEvent::Done(_) => {
+                over += 1;
+                match callbacks.remove(&id) {
+                    Some(mut on_event) => on_event(event),
+                    None => ControlFlow::Continue(()),
+                }
+            }
+            RequestEvent::Progress(_) => match callbacks.get_mut(&id) {
+                Some(on_event) => on_event(event),
+                None => ControlFlow::Break(()),
+            },
+        };
+        self.engine.step(self.text.as_ref(), &mut sink);
+        let stats = self.engine.stats();
+        if let Some(shared) = self.shared.upgrade() {
+            if let Ok(mut told) = shared.stats.lock() {
+                *told = stats;
+            }
+            shared.open.fetch_sub(over, Ordering::SeqCst);
+        }
+    }
+
+    /// After a panic nothing is known of the engine's state: everybody hears so, and no more is taken.
+    fn break_off(mut self) {
+        let shared = self.shared.upgrade();
+        if let Some(shared) = &shared {
+            shared.closing.store(true, Ordering::SeqCst);
+        }
+        while let Ok(command) = self.receiver.try_recv() {
+            if let Command::Submit(submitted) = command {
+                self.callbacks.insert(submitted.id, submitted.on_event);
+            }
+        }
+        let open = self.callbacks.len();
+        for (_, mut on_event) in self.callbacks.drain() {
+            let broken = "the engine broke off. This is a bug: please report it";
+            let _ = on_event(RequestEvent::Done(Err(Error::Input(broken.into()))));
+        }
+        if let Some(shared) = shared {
+            shared.open.fetch_sub(open, Ordering::SeqCst);
+        }
     }
 }

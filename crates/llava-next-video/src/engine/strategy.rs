@@ -5,14 +5,17 @@
 //! draws one token a sequence; beam search is in `beam.rs`.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
+use super::constraint::{Constraint, Constraints};
 use super::logits::{argmax, draw, process, warp};
-use super::request::{Completion, FinishReason, Resolved};
+use super::request::{Completion, FinishReason, Resolved, TokenLogprob};
 use super::sequence::Sequence;
 use super::stop::{StopStrings, TokenText};
+use crate::error::Result;
 
 /// A sequence goes on with a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,60 +31,79 @@ pub(crate) struct Continuation {
 pub(crate) struct Step {
     /// The sequences of the next step.
     pub go_on: Vec<Continuation>,
-    /// Tokens that a stream may show, `(sequence, id)`.
-    pub shown: Vec<(usize, u32)>,
+    /// Tokens that a stream may show.
+    pub shown: Vec<Shown>,
+}
+
+/// A token that is certain.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Shown {
+    /// Index of its sequence among the completions.
+    pub place: usize,
+    /// The token.
+    pub id: u32,
+    /// How likely it was, where asked for.
+    pub logprob: Option<TokenLogprob>,
 }
 
 /// Chooses tokens until nothing goes on.
 pub(crate) trait Strategy {
     /// Decides by the scores of every running sequence, `[running][vocab]`.
-    fn step(&mut self, running: &[Sequence], scores: Vec<Vec<f32>>, text: &dyn TokenText) -> Step;
+    ///
+    /// # Errors
+    /// A constraint cannot go on.
+    fn step(
+        &mut self,
+        running: &[Sequence],
+        scores: Vec<Vec<f32>>,
+        text: &dyn TokenText,
+    ) -> Result<Step>;
 
-    /// What came of it; `cancelled` where the caller asked to stop.
-    fn finish(&mut self, running: &[Sequence], cancelled: bool) -> Vec<Completion>;
+    /// What came of it; `cut` is why those that still run end, where they were cut short.
+    fn finish(&mut self, running: &[Sequence], cut: Option<FinishReason>) -> Vec<Completion>;
 }
 
 /// Greedy or sampled: each sequence on its own.
-pub(crate) struct Pick<'a> {
-    options: &'a Resolved,
+pub(crate) struct Pick {
+    options: Arc<Resolved>,
     stop: StopStrings,
-    /// One generator a sequence, so that a row's draws do not depend on its neighbours.
-    rngs: Vec<ChaCha8Rng>,
-    /// For each running sequence, its place among the completions.
-    places: VecDeque<usize>,
+    /// For each running sequence, its answer.
+    running: VecDeque<Answer>,
     done: Vec<Option<Completion>>,
 }
 
-impl<'a> Pick<'a> {
+/// One answer on its way.
+struct Answer {
+    /// Its place among the completions.
+    place: usize,
+    /// Its own generator, so that its draws do not depend on its neighbours.
+    rng: ChaCha8Rng,
+    constraint: Option<Box<dyn Constraint>>,
+    logprobs: Vec<TokenLogprob>,
+}
+
+impl Pick {
     /// For `sequences` sequences, which start out all running.
-    pub fn new(options: &'a Resolved, sequences: usize) -> Self {
-        let rng = |i: usize| {
+    pub fn new(
+        options: Arc<Resolved>,
+        sequences: usize,
+        constraints: Option<&dyn Constraints>,
+    ) -> Self {
+        let answer = |place: usize| {
             let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
-            rng.set_stream((i % options.num_return_sequences) as u64);
-            rng
+            rng.set_stream((place % options.num_return_sequences) as u64);
+            Answer {
+                place,
+                rng,
+                constraint: constraints.map(Constraints::begin),
+                logprobs: Vec::new(),
+            }
         };
         Self {
             stop: StopStrings::new(options.stop.clone()),
-            rngs: (0..sequences).map(rng).collect(),
-            places: (0..sequences).collect(),
-            done: vec![None; sequences],
+            running: (0..sequences).map(answer).collect(),
+            done: (0..sequences).map(|_| None).collect(),
             options,
-        }
-    }
-
-    fn choose(&mut self, place: usize, sequence: &Sequence, scores: &mut [f32]) -> u32 {
-        process(
-            scores,
-            &sequence.ids,
-            sequence.new_ids().len(),
-            self.options,
-        );
-        match &self.options.sampling {
-            None => argmax(scores),
-            Some(sampling) => {
-                warp(scores, sampling, 1);
-                draw(scores, &mut self.rngs[place])
-            }
         }
     }
 
@@ -94,43 +116,91 @@ impl<'a> Pick<'a> {
     }
 }
 
-impl Strategy for Pick<'_> {
-    fn step(&mut self, running: &[Sequence], scores: Vec<Vec<f32>>, text: &dyn TokenText) -> Step {
-        let mut step = Step::default();
-        let places = std::mem::take(&mut self.places);
-        for (parent, ((place, sequence), mut scores)) in
-            places.into_iter().zip(running).zip(scores).enumerate()
+impl Answer {
+    fn choose(
+        &mut self,
+        options: &Resolved,
+        sequence: &Sequence,
+        mut scores: Vec<f32>,
+    ) -> Result<Shown> {
+        let raw = options.logprobs.map(|top| (top, scores.clone()));
+        process(
+            &mut scores,
+            &sequence.ids,
+            sequence.new_ids().len(),
+            options,
+        );
+        if let Some(constraint) = &mut self.constraint {
+            constraint.restrict(&mut scores)?;
+        }
+        let id = match &options.sampling {
+            None => argmax(&scores),
+            Some(sampling) => {
+                warp(&mut scores, sampling, 1);
+                draw(&scores, &mut self.rng)
+            }
+        };
+        if let Some(constraint) = &mut self.constraint
+            && !options.eos_token_ids.contains(&id)
         {
-            let token = self.choose(place, sequence, &mut scores);
-            step.shown.push((place, token));
+            constraint.accept(id)?;
+        }
+        let logprob = raw.map(|(top, scores)| TokenLogprob::new(scores, id, top));
+        self.logprobs.extend(logprob.clone());
+        Ok(Shown {
+            place: self.place,
+            id,
+            logprob,
+        })
+    }
+
+    fn complete(self, row: usize, ids: Vec<u32>, finish_reason: FinishReason) -> Completion {
+        Completion {
+            row,
+            ids,
+            finish_reason,
+            score: None,
+            logprobs: self.logprobs,
+        }
+    }
+}
+
+impl Strategy for Pick {
+    fn step(
+        &mut self,
+        running: &[Sequence],
+        scores: Vec<Vec<f32>>,
+        text: &dyn TokenText,
+    ) -> Result<Step> {
+        let mut step = Step::default();
+        let options = Arc::clone(&self.options);
+        let answers = std::mem::take(&mut self.running);
+        for (parent, ((mut answer, sequence), scores)) in
+            answers.into_iter().zip(running).zip(scores).enumerate()
+        {
+            let shown = answer.choose(&options, sequence, scores)?;
+            let token = shown.id;
+            step.shown.push(shown);
             let ids = [sequence.new_ids(), &[token]].concat();
             match self.reason(&ids, text) {
-                Some(finish_reason) => {
-                    let row = sequence.row;
-                    self.done[place] = Some(Completion {
-                        row,
-                        ids,
-                        finish_reason,
-                        score: None,
-                    });
+                Some(reason) => {
+                    let place = answer.place;
+                    self.done[place] = Some(answer.complete(sequence.row, ids, reason));
                 }
                 None => {
-                    self.places.push_back(place);
+                    self.running.push_back(answer);
                     step.go_on.push(Continuation { parent, token });
                 }
             }
         }
-        step
+        Ok(step)
     }
 
-    fn finish(&mut self, running: &[Sequence], _cancelled: bool) -> Vec<Completion> {
-        for (place, sequence) in self.places.drain(..).zip(running) {
-            self.done[place] = Some(Completion {
-                row: sequence.row,
-                ids: sequence.new_ids().to_vec(),
-                finish_reason: FinishReason::Cancelled,
-                score: None,
-            });
+    fn finish(&mut self, running: &[Sequence], cut: Option<FinishReason>) -> Vec<Completion> {
+        let reason = cut.unwrap_or(FinishReason::Cancelled);
+        for (answer, sequence) in self.running.drain(..).zip(running) {
+            let (place, ids) = (answer.place, sequence.new_ids().to_vec());
+            self.done[place] = Some(answer.complete(sequence.row, ids, reason));
         }
         self.done.drain(..).flatten().collect()
     }

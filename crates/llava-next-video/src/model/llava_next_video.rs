@@ -102,6 +102,31 @@ pub struct InputsEmbeds {
     pub video_features: Option<Buffer>,
 }
 
+/// The rows of a batch, and the places of its media in all rows one after another.
+pub struct Placed {
+    /// The rows of the batch.
+    pub rows: Vec<EmbeddedRow>,
+    /// The places of all image features.
+    pub images: Vec<u32>,
+    /// The places of all video features.
+    pub videos: Vec<u32>,
+}
+
+impl Placed {
+    /// The ids of all rows, one after another.
+    pub fn ids(&self) -> Vec<u32> {
+        let ids = self.rows.iter().flat_map(|row| row.ids.iter().copied());
+        ids.collect()
+    }
+
+    /// The row that a place is in.
+    pub fn row_of(&self, place: u32) -> usize {
+        self.rows
+            .partition_point(|row| row.first <= place as usize)
+            .saturating_sub(1)
+    }
+}
+
 /// One row of a batch without its padding.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EmbeddedRow {
@@ -254,14 +279,7 @@ impl LlavaNextVideoModel {
             .weights
             .vision_tower
             .forward(&self.ops, &frames, on_picture)?;
-        let pooled = self
-            .weights
-            .vision_resampler
-            .forward(&self.ops, &selected)?;
-        let projected = self
-            .weights
-            .multi_modal_projector
-            .forward(&self.ops, &pooled);
+        let projected = self.project_frames(&selected)?;
         let mut first = 0;
         let mut features = Vec::with_capacity(videos.len());
         for video in videos {
@@ -279,23 +297,46 @@ impl LlavaNextVideoModel {
         Ok(features)
     }
 
-    /// Embeds the ids of a batch and merges its media: everything before the decoder.
+    /// Selected features of whole frames, pooled and projected: `[frames * tokens a frame, D]`.
     ///
     /// # Errors
-    /// An id is outside the vocabulary, media and placeholders do not match, or `on_picture` asks to
-    /// stop.
-    pub fn embed(&self, inputs: &ModelInputs, on_picture: OnPicture<'_>) -> Result<InputsEmbeds> {
-        let rows = unpad_rows(&inputs.input_ids, &inputs.attention_mask)?;
-        let ids: Vec<u32> = rows
-            .iter()
-            .flat_map(|row| row.ids.iter().copied())
-            .collect();
-        self.check_ids(&ids)?;
-        let mut embeds = self.weights.language_model.embed(&self.ops, &ids);
+    /// The rows are not whole frames.
+    pub fn project_frames(&self, selected: &Buffer) -> Result<Buffer> {
+        let pooled = self.weights.vision_resampler.forward(&self.ops, selected)?;
+        Ok(self
+            .weights
+            .multi_modal_projector
+            .forward(&self.ops, &pooled))
+    }
 
-        let images: usize = inputs.images.iter().map(|image| image.tiles.count).sum();
-        let videos: usize = inputs.videos.iter().map(|video| video.frames.count).sum();
-        let all = images + videos;
+    /// Selected features of an image's tiles, projected and packed: `[tokens, D]`.
+    pub fn project_image(&self, selected: &Buffer, image: &ImageInput) -> Buffer {
+        let projected = self
+            .weights
+            .multi_modal_projector
+            .forward(&self.ops, selected);
+        self.pack(&projected, 0, image)
+    }
+
+    /// The rows of a batch without padding, and where its media stand; nothing is computed.
+    ///
+    /// # Errors
+    /// An id is outside the vocabulary, media and placeholders do not match, or pictures do not fit the
+    /// tower.
+    pub fn place(&self, inputs: &ModelInputs) -> Result<Placed> {
+        let rows = unpad_rows(&inputs.input_ids, &inputs.attention_mask)?;
+        let mut placed = Placed {
+            rows,
+            images: Vec::new(),
+            videos: Vec::new(),
+        };
+        let ids = placed.ids();
+        self.check_ids(&ids)?;
+        self.check_layouts(&inputs.images)?;
+        let tiles = inputs.images.iter().map(|image| &image.tiles);
+        let frames = inputs.videos.iter().map(|video| &video.frames);
+        let pixels: Vec<&Pixels> = tiles.chain(frames).collect();
+        self.weights.vision_tower.check(&pixels)?;
         let image_lengths: Vec<usize> = inputs
             .images
             .iter()
@@ -312,8 +353,7 @@ impl LlavaNextVideoModel {
                 return Ok(Vec::new());
             }
             let positions = placeholder_positions(&ids, id);
-            let row_of =
-                |position: u32| rows.partition_point(|row| row.first <= position as usize) - 1;
+            let row_of = |position: u32| placed.row_of(position);
             let kind = Placeholders {
                 token_id: id,
                 modality,
@@ -321,23 +361,39 @@ impl LlavaNextVideoModel {
             check_counts(kind, &positions, lengths, &row_of)?;
             Ok(positions)
         };
-        let image_places = places(self.config.image_token_index, "Image", &image_lengths)?;
-        let video_places = places(self.config.video_token_index, "Video", &video_lengths)?;
+        let images = places(self.config.image_token_index, "Image", &image_lengths)?;
+        let videos = places(self.config.video_token_index, "Video", &video_lengths)?;
+        (placed.images, placed.videos) = (images, videos);
+        Ok(placed)
+    }
+
+    /// Embeds the ids of a batch and merges its media: everything before the decoder.
+    ///
+    /// # Errors
+    /// An id is outside the vocabulary, media and placeholders do not match, or `on_picture` asks to
+    /// stop.
+    pub fn embed(&self, inputs: &ModelInputs, on_picture: OnPicture<'_>) -> Result<InputsEmbeds> {
+        let placed = self.place(inputs)?;
+        let ids = placed.ids();
+        let mut embeds = self.weights.language_model.embed(&self.ops, &ids);
+        let images: usize = inputs.images.iter().map(|image| image.tiles.count).sum();
+        let videos: usize = inputs.videos.iter().map(|video| video.frames.count).sum();
+        let all = images + videos;
 
         let mut image_features = None;
         if !inputs.images.is_empty() {
             let features = self.get_image_features(&inputs.images, &mut |n| on_picture(n, all))?;
-            image_features = Some(self.merge(&features, &image_places, &mut embeds));
+            image_features = Some(self.merge(&features, &placed.images, &mut embeds));
         }
         let mut video_features = None;
         if !inputs.videos.is_empty() {
             let features =
                 self.get_video_features(&inputs.videos, &mut |n| on_picture(images + n, all))?;
-            video_features = Some(self.merge(&features, &video_places, &mut embeds));
+            video_features = Some(self.merge(&features, &placed.videos, &mut embeds));
         }
         Ok(InputsEmbeds {
             embeds,
-            rows,
+            rows: placed.rows,
             image_features,
             video_features,
         })

@@ -15,7 +15,7 @@ use crate::processor::inputs::Pixels;
 
 /// Pictures that go through the tower together: enough rows to keep the kernels busy, few enough that
 /// the activations of a long video do not grow with its length.
-const PICTURES_PER_PASS: usize = 8;
+pub const PICTURES_PER_PASS: usize = 8;
 
 /// The transformer, up to the last layer whose output is read.
 pub struct VisionTower {
@@ -38,6 +38,16 @@ struct EncoderLayer {
     layer_norm2: LayerNorm,
     fc1: Linear,
     fc2: Linear,
+}
+
+/// Pictures on their way through the tower, which may be stopped and gone on with between layers.
+pub struct TowerPass {
+    n: usize,
+    x: Buffer,
+    scratch: Scratch,
+    /// `[n * feature_tokens, feature_columns]`; complete when no layer is left.
+    pub features: Buffer,
+    layer: usize,
 }
 
 /// Activations of one pass, reused by every layer.
@@ -121,6 +131,25 @@ impl VisionTower {
         self.strategy == SelectStrategy::Default
     }
 
+    /// Refuses pictures of another size than the tower's.
+    ///
+    /// # Errors
+    /// A picture is not `image_size` square.
+    pub fn check(&self, pixels: &[&Pixels]) -> Result<()> {
+        let side = self.config.image_size;
+        match pixels
+            .iter()
+            .find(|stack| stack.size != ImageSize::square(side))
+        {
+            None => Ok(()),
+            Some(stack) => Err(Error::Input(format!(
+                "Input image size ({}*{}) doesn't match model ({side}*{side}): check the sizes \
+                 in preprocessor_config.json",
+                stack.size.height, stack.size.width
+            ))),
+        }
+    }
+
     /// The selected features of every picture: `[count * feature_tokens, feature_columns]`.
     ///
     /// `done` is called with the number of pictures finished.
@@ -133,52 +162,58 @@ impl VisionTower {
         pixels: &[&Pixels],
         done: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<Buffer> {
-        let side = self.config.image_size;
-        for stack in pixels {
-            if stack.size != ImageSize::square(side) {
-                return Err(Error::Input(format!(
-                    "Input image size ({}*{}) doesn't match model ({side}*{side}): check the sizes \
-                     in preprocessor_config.json",
-                    stack.size.height, stack.size.width
-                )));
-            }
-        }
+        self.check(pixels)?;
         let count: usize = pixels.iter().map(|stack| stack.count).sum();
-        let mut features = ops.buffer(count * self.feature_tokens(), self.feature_columns());
+        let tokens = self.feature_tokens();
+        let mut features = ops.buffer(count * tokens, self.feature_columns());
         let mut first = 0;
-        for pass in passes(pixels) {
-            let n = pass.len();
-            let pictures: Vec<f32> = pass.concat();
-            self.forward_pass(ops, &pictures, n, &mut features, first);
-            first += n;
+        for pictures in passes(pixels) {
+            let mut pass = self.begin(ops, &pictures);
+            while self.advance(ops, &mut pass) {}
+            let rows = pictures.len() * tokens;
+            let from: Vec<u32> = (0..rows as u32).collect();
+            let to: Vec<u32> = (first * tokens..first * tokens + rows)
+                .map(|row| row as u32)
+                .collect();
+            ops.copy_rows(&pass.features, &from, &mut features, &to);
+            first += pictures.len();
             done(first)?;
         }
         Ok(features)
     }
 
-    /// Runs `n` pictures and writes their features from picture `first` on.
-    fn forward_pass(
-        &self,
-        ops: &Ops,
-        pixels: &[f32],
-        n: usize,
-        features: &mut Buffer,
-        first: usize,
-    ) {
-        let mut x = self.embed(ops, pixels, n);
+    /// Begins a pass of pictures, `3 * image_size²` values each; at most [`PICTURES_PER_PASS`] should go
+    /// together.
+    pub fn begin(&self, ops: &Ops, pictures: &[&[f32]]) -> TowerPass {
+        let n = pictures.len();
+        let x = self.embed(ops, &pictures.concat(), n);
         let rows = x.rows();
         let (d, f) = (self.config.hidden_size, self.config.intermediate_size);
-        let mut scratch = Scratch {
-            normed: ops.buffer(rows, d),
-            qkv: ops.buffer(rows, 3 * d),
-            attended: ops.buffer(rows, d),
-            inner: ops.buffer(rows, f),
+        let mut pass = TowerPass {
+            scratch: Scratch {
+                normed: ops.buffer(rows, d),
+                qkv: ops.buffer(rows, 3 * d),
+                attended: ops.buffer(rows, d),
+                inner: ops.buffer(rows, f),
+            },
+            features: ops.buffer(n * self.feature_tokens(), self.feature_columns()),
+            layer: 0,
+            x,
+            n,
         };
-        self.select(ops, &x, 0, n, features, first);
-        for (i, layer) in self.layers.iter().enumerate() {
-            layer.forward(ops, (&self.config, self.precision), &mut x, &mut scratch);
-            self.select(ops, &x, i + 1, n, features, first);
+        self.select(ops, &mut pass);
+        pass
+    }
+
+    /// Runs one layer of a pass, if one is left; true where more are.
+    pub fn advance(&self, ops: &Ops, pass: &mut TowerPass) -> bool {
+        if let Some(layer) = self.layers.get(pass.layer) {
+            let how = (&self.config, self.precision);
+            layer.forward(ops, how, &mut pass.x, &mut pass.scratch);
+            pass.layer += 1;
+            self.select(ops, pass);
         }
+        pass.layer < self.layers.len()
     }
 
     /// Patch, class and position embeddings, and CLIP's first LayerNorm: hidden state 0.
@@ -223,20 +258,13 @@ impl VisionTower {
         }
     }
 
-    /// Copies hidden state `index` into its columns of the features, wherever the list names it.
-    fn select(
-        &self,
-        ops: &Ops,
-        x: &Buffer,
-        index: usize,
-        n: usize,
-        features: &mut Buffer,
-        first: usize,
-    ) {
-        let (tokens, kept) = (self.config.tokens(), self.feature_tokens());
+    /// Copies the hidden state of the layers done into its columns of the features, wherever the list
+    /// names it.
+    fn select(&self, ops: &Ops, pass: &mut TowerPass) {
+        let (tokens, kept, n) = (self.config.tokens(), self.feature_tokens(), pass.n);
         let skip = tokens - kept;
         let wanted: Vec<usize> = (0..self.taken.len())
-            .filter(|slot| self.taken[*slot] == index)
+            .filter(|slot| self.taken[*slot] == pass.layer)
             .collect();
         if wanted.is_empty() {
             return;
@@ -244,23 +272,18 @@ impl VisionTower {
         let from: Vec<u32> = (0..n * kept)
             .map(|i| (i / kept * tokens + skip + i % kept) as u32)
             .collect();
-        let to: Vec<u32> = (first * kept..(first + n) * kept)
-            .map(|i| i as u32)
-            .collect();
+        let here: Vec<u32> = (0..(n * kept) as u32).collect();
         if self.taken.len() == 1 {
-            ops.copy_rows(x, &from, features, &to);
+            ops.copy_rows(&pass.x, &from, &mut pass.features, &here);
             return;
         }
-        // Several layers: gather the rows, widen them into place, then store whole feature rows.
+        // Several layers: gather the rows, then put them into their columns.
         let mut rows = ops.buffer(n * kept, self.config.hidden_size);
-        let here: Vec<u32> = (0..(n * kept) as u32).collect();
-        ops.copy_rows(x, &from, &mut rows, &here);
-        let mut wide = ops.buffer(n * kept, self.feature_columns());
-        ops.copy_rows(features, &to, &mut wide, &here);
+        ops.copy_rows(&pass.x, &from, &mut rows, &here);
         for slot in wanted {
-            ops.copy_columns(&rows, &mut wide, slot * self.config.hidden_size);
+            let column = slot * self.config.hidden_size;
+            ops.copy_columns(&rows, &mut pass.features, column);
         }
-        ops.copy_rows(&wide, &here, features, &to);
     }
 }
 

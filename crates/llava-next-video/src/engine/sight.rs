@@ -1,0 +1,158 @@
+//! Pictures of one job on their way through the vision tower.
+//!
+//! Decision: one pass at a time, of the frames of one job or of tiles of one of its images; it can rest
+//! between layers while others decode. It holds copies of its pixels and no reference to the job, so that
+//! the job may vanish meanwhile.
+
+use lnv_kernels::Buffer;
+
+use super::RequestId;
+use super::job::{Job, Source};
+use super::prefix::Digest;
+use crate::error::Result;
+use crate::model::{LlavaNextVideoModel, PICTURES_PER_PASS, TowerPass};
+use crate::processor::inputs::ImageInput;
+
+/// A pass, and what becomes of it.
+pub(crate) struct Sight {
+    /// Whose pictures they are.
+    pub job: RequestId,
+    pass: TowerPass,
+    work: Work,
+}
+
+enum Work {
+    Frames(Vec<Digest>),
+    Tiles(Box<Tiles>),
+}
+
+/// An image, of which a pass takes some tiles.
+struct Tiles {
+    digest: Digest,
+    image: ImageInput,
+    /// Selected features of all tiles, as far as passes have come.
+    selected: Buffer,
+    /// Tiles done, and tiles of the present pass.
+    done: usize,
+    here: usize,
+}
+
+/// What a pass that is through gives.
+pub(crate) enum Seen {
+    /// Features by digest.
+    Features(Vec<(Digest, Buffer)>),
+    /// More tiles of the image are to be seen.
+    More(Box<Sight>),
+}
+
+impl Sight {
+    /// A pass of what `job` is to see next; `few` for as short a pass as possible.
+    pub fn begin(model: &LlavaNextVideoModel, job: &Job, few: bool) -> Option<Sight> {
+        let most = if few { 1 } else { PICTURES_PER_PASS };
+        let first = job.unseen().next()?;
+        let unit = &job.units[first];
+        let (tower, ops) = (model.vision_tower(), model.ops());
+        if let Source::Image(image) = unit.source {
+            let image = job.images[image].clone();
+            let tokens = image.layout.tiles * tower.feature_tokens();
+            let tiles = Box::new(Tiles {
+                digest: unit.digest,
+                selected: ops.buffer(tokens, tower.feature_columns()),
+                image,
+                done: 0,
+                here: 0,
+            });
+            return Some(Sight::tiles(model, job.id, tiles, most));
+        }
+        let mut units: Vec<usize> = Vec::new();
+        for index in job.unseen() {
+            let unit = &job.units[index];
+            let known = units.iter().any(|of| job.units[*of].digest == unit.digest);
+            if matches!(unit.source, Source::Frame { .. }) && !known {
+                units.push(index);
+            }
+            if units.len() == most {
+                break;
+            }
+        }
+        let pictures: Vec<&[f32]> = units
+            .iter()
+            .map(|unit| job.pixels(&job.units[*unit], 0))
+            .collect();
+        Some(Sight {
+            job: job.id,
+            pass: tower.begin(ops, &pictures),
+            work: Work::Frames(units.iter().map(|unit| job.units[*unit].digest).collect()),
+        })
+    }
+
+    fn tiles(
+        model: &LlavaNextVideoModel,
+        job: RequestId,
+        mut tiles: Box<Tiles>,
+        most: usize,
+    ) -> Sight {
+        tiles.here = most.min(tiles.image.layout.tiles - tiles.done);
+        let pixels = &tiles.image.tiles;
+        let (stride, done) = (pixels.stride(), tiles.done);
+        let pictures: Vec<&[f32]> = (done..done + tiles.here)
+            .map(|tile| &pixels.data[tile * stride..(tile + 1) * stride])
+            .collect();
+        Sight {
+            job,
+            pass: model.vision_tower().begin(model.ops(), &pictures),
+            work: Work::Tiles(tiles),
+        }
+    }
+
+    /// Runs one layer; false where none is left.
+    pub fn advance(&mut self, model: &LlavaNextVideoModel) -> bool {
+        model.vision_tower().advance(model.ops(), &mut self.pass)
+    }
+
+    /// What a pass without layers left has seen.
+    ///
+    /// # Errors
+    /// The tower's features are no whole frames.
+    pub fn finish(self, model: &LlavaNextVideoModel, few: bool) -> Result<Seen> {
+        match self.work {
+            Work::Frames(digests) => {
+                let features = model.project_frames(&self.pass.features)?;
+                let rows = features.rows() / digests.len();
+                let own = |(i, digest)| (digest, part(model, &features, i * rows, rows));
+                let all = digests.into_iter().enumerate().map(own).collect();
+                Ok(Seen::Features(all))
+            }
+            Work::Tiles(mut tiles) => {
+                let rows = model.vision_tower().feature_tokens();
+                let from = numbers(0, tiles.here * rows);
+                let to = numbers(tiles.done * rows, tiles.here * rows);
+                model
+                    .ops()
+                    .copy_rows(&self.pass.features, &from, &mut tiles.selected, &to);
+                tiles.done += tiles.here;
+                if tiles.done < tiles.image.layout.tiles {
+                    let most = if few { 1 } else { PICTURES_PER_PASS };
+                    return Ok(Seen::More(Box::new(Sight::tiles(
+                        model, self.job, tiles, most,
+                    ))));
+                }
+                let features = model.project_image(&tiles.selected, &tiles.image);
+                Ok(Seen::Features(vec![(tiles.digest, features)]))
+            }
+        }
+    }
+}
+
+/// Rows `first..first + n` in a buffer of their own.
+fn part(model: &LlavaNextVideoModel, rows: &Buffer, first: usize, n: usize) -> Buffer {
+    let mut own = model.ops().buffer(n, rows.cols());
+    model
+        .ops()
+        .copy_rows(rows, &numbers(first, n), &mut own, &numbers(0, n));
+    own
+}
+
+fn numbers(first: usize, n: usize) -> Vec<u32> {
+    (first as u32..(first + n) as u32).collect()
+}

@@ -12,21 +12,19 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
 
-use lnv_kernels::{Buffer, KV_BLOCK, KvCache};
+use lnv_kernels::KvCache;
 
-use super::block_manager::{BlockManager, Content};
+use super::block_manager::BlockManager;
 use super::features::FeatureCache;
 use super::job::{Job, Prepared, Stage};
 use super::pace::Pace;
 use super::request::{Event, FinishReason, Generation, GenerationOptions};
-use super::sequence::Sequence;
 use super::service::{RequestEvent, RequestId, ServiceStats};
 use super::sight::{Seen, Sight};
 use super::stop::TokenText;
-use super::strategy::Continuation;
 use crate::config::GenerationConfig;
 use crate::error::{Error, Result};
-use crate::model::{Batch, BatchSpan, Keep, LlavaNextVideoModel, Taps};
+use crate::model::LlavaNextVideoModel;
 use crate::processor::inputs::ModelInputs;
 
 /// What a caller is told while a call runs.
@@ -34,9 +32,6 @@ pub type OnEvent<'a> = &'a mut (dyn FnMut(Event) -> ControlFlow<()> + Send);
 
 /// What a step tells of every request; `Break` cancels the request.
 pub(crate) type Sink<'a> = &'a mut (dyn FnMut(RequestId, RequestEvent) -> ControlFlow<()> + Send);
-
-/// Prompt tokens that are worth a pass of their own while more of the prompt is still being looked at.
-const WORTH_A_PASS: usize = 512;
 
 /// How much the engine may take.
 #[derive(Debug, Clone, Copy)]
@@ -68,10 +63,10 @@ impl Default for EngineLimits {
 
 /// Runs requests on one model.
 pub struct Engine {
-    model: Arc<LlavaNextVideoModel>,
+    pub(super) model: Arc<LlavaNextVideoModel>,
     defaults: GenerationConfig,
-    limits: EngineLimits,
-    cache: KvCache,
+    pub(super) limits: EngineLimits,
+    pub(super) cache: KvCache,
     pub(super) blocks: BlockManager,
     features: FeatureCache,
     /// By arrival; those that were put back come first.
@@ -79,7 +74,7 @@ pub struct Engine {
     /// By when they began to run.
     pub(super) running: Vec<Job>,
     sight: Option<Sight>,
-    pace: Pace,
+    pub(super) pace: Pace,
     next_id: u64,
     pub(super) admitted: u64,
     pub(super) stats: ServiceStats,
@@ -319,209 +314,6 @@ impl Engine {
         found
     }
 
-    /// One pass through the decoder.
-    fn pass(&mut self, sink: Sink<'_>) {
-        self.make_room(sink);
-        let (parts, decoding) = self.parts();
-        if parts.is_empty() {
-            return;
-        }
-        let start = Instant::now();
-        let x = self.embed(&parts);
-        let tokens = x.rows();
-        match self.decode(x, &parts, sink) {
-            Ok(states) => self.read(&parts, &states),
-            // All that ran in the pass were cancelled.
-            Err(Error::Cancelled) => return,
-            Err(error) => {
-                let mut jobs: Vec<RequestId> =
-                    parts.iter().map(|p| self.running[p.job].id).collect();
-                jobs.dedup();
-                let message = error.to_string();
-                for job in jobs {
-                    self.fail(job, Error::Input(message.clone()), sink);
-                }
-                return;
-            }
-        }
-        let elapsed = start.elapsed();
-        self.pace.stepped(elapsed, decoding, tokens - decoding);
-        let mut jobs: Vec<usize> = parts.iter().map(|part| part.job).collect();
-        jobs.dedup();
-        for job in jobs {
-            let job = &mut self.running[job];
-            match job.stage {
-                Stage::Prefill => job.timings.prefill_s += elapsed.as_secs_f64(),
-                Stage::Decode => {
-                    job.timings.decode_s += elapsed.as_secs_f64();
-                    job.timings.decode_steps += 1;
-                }
-            }
-        }
-    }
-
-    /// What goes through the decoder in this step, those that decode first, and how many those are.
-    fn parts(&self) -> (Vec<Part>, usize) {
-        let of = |stage: Stage| {
-            let jobs = self.running.iter().enumerate();
-            jobs.filter(move |(_, job)| job.stage == stage && !job.cancelled)
-        };
-        let mut parts = Vec::new();
-        for (job, of) in of(Stage::Decode) {
-            for (sequence, s) in of.sequences.iter().enumerate() {
-                parts.push(Part {
-                    job,
-                    sequence,
-                    start: s.cached,
-                    end: s.ids.len(),
-                });
-            }
-        }
-        let decoding = parts.len();
-        let mut room = match decoding {
-            0 => self.limits.prefill_chunk,
-            _ => self.pace.tokens().min(self.limits.prefill_chunk),
-        };
-        for (job, of) in of(Stage::Prefill) {
-            let looking = of.unseen().next().is_some();
-            for (sequence, s) in of.sequences.iter().enumerate() {
-                let (start, ready) = (s.cached, of.ready(s));
-                let end = ready.min(start + room);
-                // Beside decoding the weights are read anyway.
-                let waits = looking && decoding == 0 && end - start < WORTH_A_PASS.min(room);
-                if end == start || waits {
-                    continue;
-                }
-                room -= end - start;
-                parts.push(Part {
-                    job,
-                    sequence,
-                    start,
-                    end,
-                });
-            }
-        }
-        (parts, decoding)
-    }
-
-    /// Embeds the tokens of all parts, with the features of pictures in their places.
-    fn embed(&self, parts: &[Part]) -> Buffer {
-        let sequence = |part: &Part| &self.running[part.job].sequences[part.sequence];
-        let ids: Vec<u32> = parts
-            .iter()
-            .flat_map(|part| sequence(part).ids[part.start..part.end].iter().copied())
-            .collect();
-        let ops = self.model.ops();
-        let mut x = self.model.language_model().embed(ops, &ids);
-        let mut first = 0;
-        for part in parts {
-            let row = sequence(part).row;
-            for unit in self.running[part.job].units.iter().filter(|u| u.row == row) {
-                let at =
-                    |position: usize| unit.positions.partition_point(|p| (*p as usize) < position);
-                let places = at(part.start)..at(part.end);
-                let Some(features) = unit.features.as_ref().filter(|_| !places.is_empty()) else {
-                    continue;
-                };
-                let from: Vec<u32> = places.clone().map(|place| place as u32).collect();
-                let to: Vec<u32> = unit.positions[places]
-                    .iter()
-                    .map(|position| (first + *position as usize - part.start) as u32)
-                    .collect();
-                ops.copy_rows(features, &from, &mut x, &to);
-            }
-            first += part.end - part.start;
-        }
-        x
-    }
-
-    /// Runs the parts; the last state of each. Layers are told to those whose prompt it is.
-    fn decode(&mut self, x: Buffer, parts: &[Part], sink: Sink<'_>) -> Result<Buffer> {
-        let layers = self.model.config().text_config.num_hidden_layers;
-        let jobs = &self.running;
-        let mut told: Vec<(RequestId, usize, (usize, usize))> = Vec::new();
-        let mut decodes = false;
-        for part in parts {
-            let job = &jobs[part.job];
-            decodes |= job.stage == Stage::Decode;
-            match told.last_mut().filter(|(id, ..)| *id == job.id) {
-                Some((_, tokens, _)) => *tokens += part.end - part.start,
-                None if job.stage == Stage::Prefill => {
-                    told.push((job.id, part.end - part.start, job.prefilled));
-                }
-                None => {}
-            }
-        }
-        let mut broken: Vec<RequestId> = Vec::new();
-        let mut on_layer = |layer: usize| {
-            for (id, tokens, (done, total)) in &told {
-                if broken.contains(id) {
-                    continue;
-                }
-                let (done, total) = (done + tokens * layer, *total);
-                let event = RequestEvent::Progress(Event::Prefill { done, total });
-                if sink(*id, event).is_break() {
-                    broken.push(*id);
-                }
-            }
-            match !decodes && broken.len() == told.len() {
-                true => Err(Error::Cancelled),
-                false => Ok(()),
-            }
-        };
-        let spans = parts.iter().map(|part| {
-            let sequence = &jobs[part.job].sequences[part.sequence];
-            part.span(sequence)
-        });
-        let batch = Batch {
-            spans: spans.collect(),
-        };
-        let read = (Keep::Last(1), Taps::default());
-        let out = self
-            .model
-            .decode(x, &batch, &mut self.cache, read, &mut on_layer);
-        drop(batch);
-        for job in &mut self.running {
-            job.cancelled |= broken.contains(&job.id);
-            if let Some((_, tokens, _)) = told.iter().find(|(id, ..)| *id == job.id) {
-                job.prefilled.0 += tokens * layers;
-            }
-        }
-        Ok(out?.last_hidden_state)
-    }
-
-    /// Marks what went through as cached, and scores what comes next where a part ends its sequence.
-    fn read(&mut self, parts: &[Part], states: &Buffer) {
-        let mut ending: Vec<(u32, usize)> = Vec::new();
-        for (i, part) in parts.iter().enumerate() {
-            let sequence = &mut self.running[part.job].sequences[part.sequence];
-            sequence.cached = part.end;
-            if part.end == sequence.ids.len() {
-                ending.push((i as u32, i));
-            }
-            if self.shares_prefixes() {
-                let sequence = &self.running[part.job].sequences[part.sequence];
-                for block in part.start / KV_BLOCK..part.end / KV_BLOCK {
-                    self.blocks
-                        .publish(sequence.blocks[block], content(sequence, block));
-                }
-            }
-        }
-        if ending.is_empty() {
-            return;
-        }
-        let ops = self.model.ops();
-        let rows: Vec<u32> = ending.iter().map(|(row, _)| *row).collect();
-        let here: Vec<u32> = (0..rows.len() as u32).collect();
-        let mut last = ops.buffer(rows.len(), states.cols());
-        ops.copy_rows(states, &rows, &mut last, &here);
-        let logits = self.model.language_model().logits(ops, &last);
-        for (row, (_, part)) in ending.iter().enumerate() {
-            let part = &parts[*part];
-            self.running[part.job].scores[part.sequence] = ops.download_rows(&logits, row..row + 1);
-        }
-    }
-
     /// Lets the strategy of every request whose scores are known pick what comes next.
     fn pick(&mut self, text: &dyn TokenText, sink: Sink<'_>) {
         let mut i = 0;
@@ -613,163 +405,9 @@ impl Engine {
         let _ = sink(id, RequestEvent::Done(Err(error)));
     }
 
-    /// Gives a request's blocks back; what its last ones hold is made known.
-    pub(super) fn give_back(&mut self, job: &Job) {
-        for sequence in &job.sequences {
-            let block = sequence.cached / KV_BLOCK;
-            let begun = !sequence.cached.is_multiple_of(KV_BLOCK);
-            if begun && self.shares_prefixes() && !self.blocks.is_shared(sequence.blocks[block]) {
-                self.blocks
-                    .publish(sequence.blocks[block], content(sequence, block));
-            }
-            self.blocks.release(&sequence.blocks);
-        }
-    }
-
     /// Rotary scaling that looks at the whole length gives a beginning other keys in each prompt.
     pub(super) fn shares_prefixes(&self) -> bool {
         let rope = &self.model.config().text_config.rope;
         self.limits.prefix_caching && !rope.depends_on_length()
-    }
-
-    /// Replaces the sequences by their continuations, sharing blocks; `append` adds the tokens.
-    fn fork(&mut self, running: &mut Vec<Sequence>, go_on: &[Continuation], append: bool) {
-        let in_place = go_on.len() == running.len()
-            && (go_on.iter().enumerate()).all(|(i, on)| on.parent == i);
-        if !in_place {
-            let next: Vec<Sequence> = go_on
-                .iter()
-                .map(|continuation| {
-                    let child = running[continuation.parent].clone();
-                    self.blocks.share(&child.blocks);
-                    child
-                })
-                .collect();
-            for parent in running.iter() {
-                self.blocks.release(&parent.blocks);
-            }
-            *running = next;
-        }
-        if append {
-            for (sequence, continuation) in running.iter_mut().zip(go_on) {
-                sequence.ids.push(continuation.token);
-                sequence.chain.extend(&sequence.ids);
-            }
-        }
-    }
-
-    /// Makes room for the next token of all that decode. Where the cache is full, the youngest goes back
-    /// to wait; one that is alone and fills it is cut short.
-    fn make_room(&mut self, sink: Sink<'_>) {
-        let mut i = 0;
-        while i < self.running.len() {
-            if self.running[i].stage == Stage::Decode {
-                let mut sequences = std::mem::take(&mut self.running[i].sequences);
-                let fits = sequences.iter_mut().all(|s| self.reserve(s, s.ids.len()));
-                self.running[i].sequences = sequences;
-                if !fits {
-                    let youngest = (0..self.running.len())
-                        .max_by_key(|job| self.running[*job].admitted)
-                        .unwrap_or(i);
-                    let mut job = self.running.remove(youngest);
-                    if self.running.is_empty() {
-                        return self.complete(job, Some(FinishReason::Length), sink);
-                    }
-                    self.put_back(&mut job);
-                    self.waiting.insert(0, job);
-                    i = 0;
-                    continue;
-                }
-            }
-            i += 1;
-        }
-    }
-
-    fn put_back(&mut self, job: &mut Job) {
-        self.stats.preempted += 1;
-        self.give_back(job);
-        for sequence in &mut job.sequences {
-            sequence.blocks.clear();
-            sequence.cached = 0;
-        }
-        job.units.iter_mut().for_each(|unit| unit.features = None);
-        job.scores = vec![Vec::new(); job.sequences.len()];
-        job.stage = Stage::Prefill;
-    }
-
-    /// Makes room for `tokens` tokens of a sequence, its own where it will write; false where there is
-    /// none.
-    pub(super) fn reserve(&mut self, sequence: &mut Sequence, tokens: usize) -> bool {
-        let needed = tokens.div_ceil(KV_BLOCK);
-        let missing = needed.saturating_sub(sequence.blocks.len());
-        let writes_from = sequence.cached / KV_BLOCK;
-        let shared = (sequence.blocks.iter().take(needed).skip(writes_from))
-            .filter(|block| self.blocks.is_shared(**block))
-            .count();
-        if !self.ensure_available(missing + shared) {
-            return false;
-        }
-        for _ in 0..missing {
-            sequence.blocks.extend(self.blocks.allocate());
-        }
-        for block in sequence.blocks.iter_mut().take(needed).skip(writes_from) {
-            if self.blocks.is_shared(*block)
-                && let Some(own) = self.blocks.allocate()
-            {
-                self.copy(*block, own);
-                self.blocks.release(&[*block]);
-                *block = own;
-            }
-        }
-        true
-    }
-
-    pub(super) fn copy(&mut self, from: u32, to: u32) {
-        self.cache.copy_block(from, to);
-    }
-
-    /// Whether so many blocks can be handed out, after growing the cache if it may grow.
-    pub(super) fn ensure_available(&mut self, wanted: usize) -> bool {
-        if self.blocks.available() >= wanted {
-            return true;
-        }
-        if self.limits.cache_blocks.is_some() {
-            return false;
-        }
-        let more = wanted.max(self.blocks.capacity() / 2);
-        let grown = self.blocks.ensure_available(more);
-        self.cache.grow(grown);
-        true
-    }
-}
-
-/// What a sequence holds in a block.
-fn content(sequence: &Sequence, block: usize) -> Content {
-    let full = sequence.cached >= (block + 1) * KV_BLOCK;
-    let cached = &sequence.ids[..sequence.cached];
-    Content {
-        parent: sequence.chain.before(block),
-        name: sequence.chain.name(block).filter(|_| full),
-        keys: sequence.chain.keys(cached, block),
-    }
-}
-
-/// A run of one sequence's tokens.
-struct Part {
-    job: usize,
-    sequence: usize,
-    start: usize,
-    end: usize,
-}
-
-impl Part {
-    fn span<'a>(&self, sequence: &'a Sequence) -> BatchSpan<'a> {
-        BatchSpan {
-            positions: (self.start as u32..self.end as u32).collect(),
-            // A prompt is one pass however it is cut, so dynamic scaling looks at all of it.
-            rope_length: sequence.prompt.max(self.end) + sequence.behind_longest,
-            kv_len: self.end,
-            blocks: &sequence.blocks,
-        }
     }
 }

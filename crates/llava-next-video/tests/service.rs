@@ -1,0 +1,465 @@
+//! Many requests at once: answers are those of each alone, token for token, whatever else runs, whoever
+//! leaves and however little memory there is; and nothing is held when all is over.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use llava_next_video::Result;
+use llava_next_video::config::{CheckpointFiles, Dtype, GenerationConfig, LlavaNextVideoConfig};
+use llava_next_video::engine::{
+    Constraint, Constraints, Engine, EngineLimits, Event, FinishReason, Generation,
+    GenerationOptions, Refused, Request, RequestEvent, Sampling, Service, ServiceLimits,
+};
+use llava_next_video::model::{LlavaNextVideoModel, LoadOptions};
+use llava_next_video::processor::inputs::ModelInputs;
+use llava_next_video::processor::{LlavaNextVideoProcessor, ModelFacts};
+
+const CASES: [&str; 8] = [
+    "one-video",
+    "one-image",
+    "text-only",
+    "images-over-turns",
+    "mixed-turns",
+    "image-very-wide",
+    "batch-kinds",
+    "batch-videos",
+];
+
+struct Fixture {
+    model: Arc<LlavaNextVideoModel>,
+    processor: LlavaNextVideoProcessor,
+    directory: PathBuf,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let directory =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/golden/llama-default");
+        let files = CheckpointFiles::open(&directory).unwrap();
+        let config = LlavaNextVideoConfig::read(&files).unwrap();
+        let processor =
+            LlavaNextVideoProcessor::from_files(&files, &ModelFacts::from(&config)).unwrap();
+        let options = LoadOptions {
+            dtype: Some(Dtype::F32),
+            ..LoadOptions::default()
+        };
+        Self {
+            model: Arc::new(LlavaNextVideoModel::load(&files, &options).unwrap()),
+            processor,
+            directory,
+        }
+    }
+
+    /// The cases.
+    fn inputs(&self) -> Vec<ModelInputs> {
+        let read = |case: &&str| {
+            let path = self.directory.join(format!("{case}.inputs.safetensors"));
+            let bytes = std::fs::read(path).unwrap();
+            let inputs = ModelInputs::from_safetensors(&bytes, self.processor.facts());
+            inputs.unwrap().inputs
+        };
+        CASES.iter().map(read).collect()
+    }
+
+    fn engine(&self, limits: EngineLimits) -> Engine {
+        Engine::with_limits(Arc::clone(&self.model), GenerationConfig::default(), limits)
+    }
+
+    fn service(&self, limits: EngineLimits) -> Service {
+        let waiting = ServiceLimits { waiting: 1000 };
+        Service::start(self.engine(limits), Arc::new(()), waiting)
+    }
+
+    fn alone(&self, inputs: &ModelInputs, options: &GenerationOptions) -> Generation {
+        let mut engine = self.engine(EngineLimits::default());
+        engine
+            .generate(inputs, options, &(), &mut |_| ControlFlow::Continue(()))
+            .unwrap()
+    }
+}
+
+fn options(tokens: usize) -> GenerationOptions {
+    GenerationOptions {
+        max_new_tokens: Some(tokens),
+        eos_token_ids: Some(Vec::new()),
+        ..GenerationOptions::default()
+    }
+}
+
+type Answer = mpsc::Receiver<Result<Generation>>;
+
+/// Hands a request over; what it answers comes out of the receiver. `stop_at` tokens it goes away.
+fn ask(
+    service: &Service,
+    inputs: &ModelInputs,
+    options: &GenerationOptions,
+    (client, stop_at): (u64, Option<usize>),
+) -> Answer {
+    let (sender, receiver) = mpsc::channel();
+    let mut tokens = 0;
+    let on_event = move |event: RequestEvent| match event {
+        RequestEvent::Progress(Event::Token { .. }) => {
+            tokens += 1;
+            match stop_at == Some(tokens) {
+                true => ControlFlow::Break(()),
+                false => ControlFlow::Continue(()),
+            }
+        }
+        RequestEvent::Progress(_) => ControlFlow::Continue(()),
+        RequestEvent::Done(result) => {
+            sender.send(result).unwrap();
+            ControlFlow::Continue(())
+        }
+    };
+    let request = Request {
+        inputs: inputs.clone(),
+        options: options.clone(),
+        constraints: None,
+        client,
+        on_event: Box::new(on_event),
+    };
+    service.submit(request).unwrap();
+    receiver
+}
+
+fn answer(receiver: &Answer) -> Generation {
+    receiver
+        .recv_timeout(Duration::from_secs(120))
+        .unwrap()
+        .unwrap()
+}
+
+fn wait_until_idle(service: &Service) {
+    let start = Instant::now();
+    while !service.is_idle() || service.stats().running > 0 {
+        assert!(
+            start.elapsed() < Duration::from_secs(60),
+            "something still runs"
+        );
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn answers_under_load_are_those_of_each_alone() {
+    let fixture = Fixture::new();
+    let inputs = fixture.inputs();
+    let sampled = GenerationOptions {
+        sampling: Some(Sampling {
+            temperature: 1.3,
+            ..Sampling::default()
+        }),
+        num_return_sequences: 3,
+        seed: 11,
+        ..options(10)
+    };
+    let beams = GenerationOptions {
+        num_beams: Some(3),
+        ..options(7)
+    };
+    let ways = [options(24), sampled, beams, options(3)];
+    let alone: Vec<Vec<Generation>> = (ways.iter())
+        .map(|way| inputs.iter().map(|i| fixture.alone(i, way)).collect())
+        .collect();
+    // Plenty of room, little room, and chunks that cut pictures in two.
+    for (cache_blocks, batch, prefill_chunk) in
+        [(Some(400), 64, 2048), (Some(40), 6, 17), (None, 64, 50)]
+    {
+        let service = fixture.service(EngineLimits {
+            cache_blocks,
+            batch,
+            prefill_chunk,
+            ..EngineLimits::default()
+        });
+        let mut asked = Vec::new();
+        for round in 0..3 {
+            for (w, way) in ways.iter().enumerate() {
+                for (i, input) in inputs.iter().enumerate() {
+                    let client = (round + i) as u64;
+                    asked.push((w, i, ask(&service, input, way, (client, None))));
+                }
+            }
+        }
+        for (w, i, receiver) in &asked {
+            let got = answer(receiver);
+            assert_eq!(
+                got.completions, alone[*w][*i].completions,
+                "way {w}, case {i}, {cache_blocks:?} blocks"
+            );
+            assert_eq!(got.prompt_tokens, alone[*w][*i].prompt_tokens);
+        }
+        wait_until_idle(&service);
+        let stats = service.stats();
+        assert_eq!(stats.answered, asked.len());
+        assert_eq!(
+            (stats.running, stats.waiting, stats.blocks_in_use),
+            (0, 0, 0)
+        );
+        assert!(
+            stats.cached_tokens > 0,
+            "the same prompts were asked three times"
+        );
+    }
+}
+
+#[test]
+fn where_the_cache_is_full_the_youngest_waits_and_is_answered_all_the_same() {
+    let fixture = Fixture::new();
+    let inputs = fixture.inputs();
+    let text = inputs.iter().min_by_key(|i| i.input_ids[0].len()).unwrap();
+    let long = options(150);
+    let alone = fixture.alone(text, &long).completions;
+    // Each needs a block for its prompt and two or three more for its answer.
+    let service = fixture.service(EngineLimits {
+        cache_blocks: Some(6),
+        ..EngineLimits::default()
+    });
+    let asked: Vec<Answer> = (0..5)
+        .map(|c| ask(&service, text, &long, (c, None)))
+        .collect();
+    for receiver in &asked {
+        assert_eq!(answer(receiver).completions, alone);
+    }
+    wait_until_idle(&service);
+    let stats = service.stats();
+    assert!(stats.preempted > 0, "it was full");
+    assert_eq!((stats.blocks_in_use, stats.answered), (0, 5));
+}
+
+#[test]
+fn a_prompt_that_can_never_fit_is_refused_and_an_answer_that_fills_the_cache_is_cut() {
+    let fixture = Fixture::new();
+    let inputs = fixture.inputs();
+    let longest = inputs.iter().max_by_key(|i| i.input_ids[0].len()).unwrap();
+    let shortest = inputs.iter().min_by_key(|i| i.input_ids[0].len()).unwrap();
+    let service = fixture.service(EngineLimits {
+        cache_blocks: Some(2),
+        ..EngineLimits::default()
+    });
+    let refused = ask(&service, longest, &options(4), (0, None));
+    let error = refused
+        .recv_timeout(Duration::from_secs(60))
+        .unwrap()
+        .unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("the cache of keys and values holds 128"),
+        "{error}"
+    );
+    let cut = answer(&ask(&service, shortest, &options(1000), (0, None)));
+    assert_eq!(cut.completions[0].finish_reason, FinishReason::Length);
+    let tokens = shortest.input_ids[0].len() + cut.completions[0].ids.len();
+    assert!((120..=130).contains(&tokens), "{tokens}");
+    wait_until_idle(&service);
+    assert_eq!(service.stats().blocks_in_use, 0);
+}
+
+#[test]
+fn who_leaves_holds_nothing_and_changes_nothing() {
+    let fixture = Fixture::new();
+    let inputs = fixture.inputs();
+    let way = options(20);
+    let alone: Vec<Generation> = inputs.iter().map(|i| fixture.alone(i, &way)).collect();
+    let service = fixture.service(EngineLimits {
+        cache_blocks: Some(120),
+        ..EngineLimits::default()
+    });
+    let mut asked = Vec::new();
+    for round in 0..30 {
+        let i = round % inputs.len();
+        let stop_at = (round % 3 == 0).then_some(1 + round % 7);
+        asked.push((
+            i,
+            stop_at,
+            ask(&service, &inputs[i], &way, (round as u64, stop_at)),
+        ));
+    }
+    for (i, stop_at, receiver) in &asked {
+        let got = answer(receiver);
+        for (got, alone) in got.completions.iter().zip(&alone[*i].completions) {
+            assert_eq!(got.ids[..], alone.ids[..got.ids.len()]);
+            if stop_at.is_none() {
+                assert_eq!(got, alone);
+            }
+        }
+    }
+    wait_until_idle(&service);
+    let stats = service.stats();
+    assert_eq!(stats.cancelled, 10);
+    assert_eq!(
+        (stats.blocks_in_use, stats.running, stats.waiting),
+        (0, 0, 0)
+    );
+}
+
+#[test]
+fn questions_about_one_video_share_its_prefill() {
+    let fixture = Fixture::new();
+    let video = fixture.inputs().swap_remove(0);
+    let ids = video.input_ids[0].clone();
+    let service = fixture.service(EngineLimits::default());
+    let ask_with = |last: u32| {
+        let mut other = video.clone();
+        *other.input_ids[0].last_mut().unwrap() = last;
+        let alone = fixture.alone(&other, &options(6)).completions;
+        (
+            alone,
+            ask(&service, &other, &options(6), (u64::from(last), None)),
+        )
+    };
+    let asked: Vec<_> = (5..11).map(ask_with).collect();
+    let mut cached = Vec::new();
+    for (alone, receiver) in &asked {
+        let got = answer(receiver);
+        assert_eq!(&got.completions, alone);
+        cached.push(got.cached_tokens);
+    }
+    let whole_blocks = (ids.len() - 1) / 64 * 64;
+    assert!(
+        cached
+            .iter()
+            .filter(|tokens| **tokens >= whole_blocks)
+            .count()
+            >= 5,
+        "{cached:?} of {}",
+        ids.len()
+    );
+    let frames = video.videos.iter().map(|v| v.frames.count).sum::<usize>();
+    let stats = service.stats();
+    assert!(
+        stats.features_encoded <= frames,
+        "each frame is seen once: {stats:?}"
+    );
+}
+
+#[test]
+fn wrong_requests_are_told_and_full_queues_refuse() {
+    let fixture = Fixture::new();
+    let inputs = fixture.inputs();
+    let engine = fixture.engine(EngineLimits::default());
+    let service = Service::start(engine, Arc::new(()), ServiceLimits { waiting: 0 });
+    let request = |options: GenerationOptions, sender: mpsc::Sender<Result<Generation>>| Request {
+        inputs: inputs[0].clone(),
+        options,
+        constraints: None,
+        client: 0,
+        on_event: Box::new(move |event| {
+            if let RequestEvent::Done(result) = event {
+                let _ = sender.send(result);
+            }
+            ControlFlow::Continue(())
+        }),
+    };
+    let (sender, receiver) = mpsc::channel();
+    assert_eq!(
+        service
+            .submit(request(options(1), sender.clone()))
+            .unwrap_err(),
+        Refused::Full(0)
+    );
+    let service = fixture.service(EngineLimits::default());
+    service.submit(request(options(0), sender.clone())).unwrap();
+    let error = receiver
+        .recv_timeout(Duration::from_secs(5))
+        .unwrap()
+        .unwrap_err();
+    assert!(error.to_string().contains("max_new_tokens"), "{error}");
+    assert!(service.is_idle());
+    service.close();
+    assert_eq!(
+        service.submit(request(options(1), sender)).unwrap_err(),
+        Refused::Closing
+    );
+}
+
+/// Only even ids, and an error at the fourth token if asked for.
+struct Even(bool);
+
+struct EvenHere(bool, usize);
+
+impl Constraints for Even {
+    fn begin(&self) -> Box<dyn Constraint> {
+        Box::new(EvenHere(self.0, 0))
+    }
+}
+
+impl Constraint for EvenHere {
+    fn restrict(&mut self, scores: &mut [f32]) -> Result<()> {
+        scores
+            .iter_mut()
+            .skip(1)
+            .step_by(2)
+            .for_each(|s| *s = f32::NEG_INFINITY);
+        Ok(())
+    }
+
+    fn accept(&mut self, id: u32) -> Result<()> {
+        assert_eq!(id % 2, 0);
+        self.1 += 1;
+        match self.0 && self.1 == 4 {
+            true => Err(llava_next_video::Error::Input("no fourth".into())),
+            false => Ok(()),
+        }
+    }
+}
+
+#[test]
+fn constraints_and_log_probabilities_belong_to_their_request() {
+    let fixture = Fixture::new();
+    let inputs = fixture.inputs();
+    let service = fixture.service(EngineLimits::default());
+    let ask_with = |constraints: Option<Arc<dyn Constraints>>, logprobs: Option<usize>| {
+        let (sender, receiver) = mpsc::channel();
+        let on_event = move |event: RequestEvent| {
+            if let RequestEvent::Done(result) = event {
+                let _ = sender.send(result);
+            }
+            ControlFlow::Continue(())
+        };
+        let request = Request {
+            inputs: inputs[0].clone(),
+            options: GenerationOptions {
+                logprobs,
+                ..options(12)
+            },
+            constraints,
+            client: 0,
+            on_event: Box::new(on_event),
+        };
+        service.submit(request).unwrap();
+        receiver
+    };
+    let even = ask_with(Some(Arc::new(Even(false))), None);
+    let fails = ask_with(Some(Arc::new(Even(true))), None);
+    let plain = ask_with(None, Some(3));
+    let even = answer(&even);
+    assert!(even.completions[0].ids.iter().all(|id| id % 2 == 0));
+    assert!(even.completions[0].logprobs.is_empty());
+    let error = fails
+        .recv_timeout(Duration::from_secs(60))
+        .unwrap()
+        .unwrap_err();
+    assert!(error.to_string().contains("no fourth"), "{error}");
+    let plain = answer(&plain);
+    let alone = fixture.alone(&inputs[0], &options(12));
+    assert_eq!(plain.completions[0].ids, alone.completions[0].ids);
+    assert_eq!(plain.completions[0].logprobs.len(), 12);
+    for (id, told) in plain.completions[0]
+        .ids
+        .iter()
+        .zip(&plain.completions[0].logprobs)
+    {
+        assert_eq!((told.id, told.top.len()), (*id, 3));
+        // Greedy: the token is the likeliest.
+        assert_eq!(told.top[0], (*id, told.logprob));
+        assert!(told.top[0].1 >= told.top[1].1 && told.top[1].1 >= told.top[2].1);
+        assert!(told.top.iter().map(|(_, p)| p.exp()).sum::<f32>() <= 1.0 + 1e-5);
+    }
+    wait_until_idle(&service);
+    assert_eq!(service.stats().blocks_in_use, 0);
+}

@@ -196,7 +196,8 @@ fn a_chat_goes_on_with_new_media() {
 
     // Another picture under the same ids is no match, though the ids are.
     let mut other = whole.clone();
-    other.images[0].tiles.data.iter_mut().for_each(|x| *x = -*x);
+    let pixels = Arc::make_mut(&mut other.images[0].tiles.data);
+    pixels.iter_mut().for_each(|x| *x = -*x);
     let three = turn(&mut fixture, &other);
     assert!(
         three.cached_tokens <= places[0],

@@ -388,6 +388,15 @@ pub struct BenchArgs {
     /// [default: the clip's].
     #[arg(long, value_name = "N,...", value_delimiter = ',')]
     pub context: Vec<usize>,
+    /// Also answer so many requests one after another, then all at once, as a server does.
+    #[arg(long, value_name = "N")]
+    pub requests: Option<usize>,
+    /// Clips that the requests are about.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub clips: usize,
+    /// New tokens of each request.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub new_tokens: usize,
     /// How to print the figures.
     #[arg(long, value_enum, default_value_t = Format::Text, hide_possible_values = true, value_name = "text|json")]
     pub format: Format,

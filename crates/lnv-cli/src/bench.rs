@@ -7,6 +7,7 @@
 //! be done lowers it; the bytes of a decode step are those that its weights have in memory.
 
 mod report;
+mod requests;
 mod rows;
 
 use std::ops::ControlFlow;
@@ -34,6 +35,7 @@ use crate::model::RunOptions;
 use crate::pipeline::Pipeline;
 use crate::{checkpoint, memory, output, progress};
 use report::Report;
+use requests::{Load, Requests};
 use rows::Rows;
 
 /// Text tokens beside the frames'.
@@ -65,6 +67,9 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     }
     if args.batch.is_some_and(|rows| !(1..=1024).contains(&rows)) {
         bail!("--batch must be from 1 to 1024");
+    }
+    if args.requests.is_some_and(|n| !(1..=1024).contains(&n)) || args.clips == 0 {
+        bail!("--requests must be from 1 to 1024 and --clips at least 1");
     }
     let contexts = &args.context;
     if contexts.iter().any(|n| !(1..=1 << 20).contains(n)) {
@@ -215,6 +220,7 @@ struct Measured {
     decode: Stage,
     prefill_tokens: usize,
     rows: Vec<Rows>,
+    requests: Option<Requests>,
 }
 
 fn measure(
@@ -222,7 +228,7 @@ fn measure(
     formats: Formats,
     (args, bandwidth_gbs): (&BenchArgs, f64),
 ) -> Result<Measured> {
-    let inputs = inputs(model.config(), args.frames);
+    let inputs = inputs(model.config(), args.frames, 1);
     let tokens = inputs.input_ids[0].len();
     let decode_bytes = model.language_model().bytes().1 as f64 + kv_bytes(&model) * tokens as f64;
     let model = Arc::new(model);
@@ -239,7 +245,17 @@ fn measure(
         spinner.finish_and_clear();
         rows = measured?;
     }
+    let load = args.requests.map(|requests| Load {
+        requests,
+        clips: args.clips.min(requests),
+        new_tokens: args.new_tokens,
+        frames: args.frames,
+    });
+    let requests = load
+        .map(|load| Requests::measure(&model, load))
+        .transpose()?;
     Ok(Measured {
+        requests,
         formats,
         resident_bytes: model.bytes(),
         vision: Stage {
@@ -316,18 +332,18 @@ impl Seconds {
 }
 
 /// A clip of noise and a prompt of nothing in particular.
-fn inputs(config: &LlavaNextVideoConfig, frames: usize) -> ModelInputs {
+fn inputs(config: &LlavaNextVideoConfig, frames: usize, seed: u32) -> ModelInputs {
     let side = config.vision_config.image_size;
-    let mut state = 1u32;
+    let mut state = seed;
     let mut noise = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         (state >> 8) as f32 / (1 << 23) as f32 - 1.0
     };
-    let data = (0..frames * 3 * side * side).map(|_| noise()).collect();
+    let data: Vec<f32> = (0..frames * 3 * side * side).map(|_| noise()).collect();
     let frames_input = Pixels {
         count: frames,
         size: ImageSize::square(side),
-        data,
+        data: data.into(),
     };
     let placeholders = frames * config.tokens_per_frame();
     let word_ids = (config.text_config.vocab_size as u32)

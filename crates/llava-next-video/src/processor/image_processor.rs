@@ -204,7 +204,7 @@ impl LlavaNextImageProcessor {
         Ok(Pixels {
             count: entries.len(),
             size,
-            data,
+            data: data.into(),
         })
     }
 }

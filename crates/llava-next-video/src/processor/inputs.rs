@@ -3,6 +3,8 @@
 //! The shape of Transformers' `BatchFeature` without its tensor library: rows of ids with a mask, and
 //! the media of all rows in row-major order of their placeholders.
 
+use std::sync::Arc;
+
 use super::anyres::AnyResLayout;
 use crate::media::ImageSize;
 
@@ -13,8 +15,8 @@ pub struct Pixels {
     pub count: usize,
     /// Height and width of each.
     pub size: ImageSize,
-    /// `count * 3 * height * width` values, rescaled and normalised.
-    pub data: Vec<f32>,
+    /// `count * 3 * height * width` values, rescaled and normalised. Shared, so that a copy costs nothing.
+    pub data: Arc<Vec<f32>>,
 }
 
 impl Pixels {

@@ -15,6 +15,8 @@
 //!
 //! Refuses: other ranks and types, no media in a media tensor, sizes that the model cannot take.
 
+use std::sync::Arc;
+
 use std::borrow::Cow;
 use std::fs::File;
 use std::io::Write;
@@ -142,7 +144,7 @@ impl ModelInputs {
         let data: Vec<f32> = self
             .videos
             .iter()
-            .flat_map(|video| &video.frames.data)
+            .flat_map(|video| video.frames.data.iter())
             .copied()
             .collect();
         let shape = vec![
@@ -434,7 +436,7 @@ fn read_images(file: &SafeTensors<'_>, facts: &ModelFacts) -> Result<Vec<ImageIn
             let tiles = Pixels {
                 count: layout.tiles,
                 size,
-                data: values[start * stride..(start + layout.tiles) * stride].to_vec(),
+                data: Arc::new(values[start * stride..(start + layout.tiles) * stride].to_vec()),
             };
             ImageInput { tiles, layout }
         })
@@ -514,7 +516,7 @@ fn read_videos(file: &SafeTensors<'_>, facts: &ModelFacts) -> Result<Vec<VideoIn
             frames: Pixels {
                 count: frames,
                 size,
-                data: data.to_vec(),
+                data: Arc::new(data.to_vec()),
             },
         })
         .collect())

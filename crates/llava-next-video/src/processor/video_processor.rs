@@ -92,7 +92,7 @@ impl LlavaNextVideoVideoProcessor {
             frames: Pixels {
                 count: video.frames.len(),
                 size,
-                data,
+                data: data.into(),
             },
         })
     }

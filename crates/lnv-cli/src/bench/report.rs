@@ -2,6 +2,7 @@
 
 use serde_json::json;
 
+use super::requests::Requests;
 use super::rows::{Beside, Rows};
 use super::{Limits, Measured, Stage};
 use crate::memory;
@@ -65,6 +66,21 @@ impl Report {
             json["decode_batch_share"] = json!(rows.stage.rate() / l.bandwidth_gbs);
             let all = m.rows.iter().map(|rows| self.rows_json(rows));
             json["decode_rows"] = all.collect();
+        }
+        if let Some(r) = &m.requests {
+            json["requests"] = json!({
+                "requests": r.load.requests,
+                "clips": r.load.clips,
+                "new_tokens": r.load.new_tokens,
+                "one_by_one_s": r.one_by_one_s,
+                "together_s": r.together_s,
+                "first_token_s": r.first_s,
+                "first_token_again_s": r.again_s,
+                "token_s": r.token_s.0,
+                "token_worst_s": r.token_s.1,
+                "token_beside_s": r.beside_s.0,
+                "token_beside_worst_s": r.beside_s.1,
+            });
         }
         json
     }
@@ -159,10 +175,39 @@ impl Report {
             };
             text += &stream("decode", &rows.stage, &what);
         }
+        if let Some(r) = &m.requests {
+            text += &requests_text(r);
+        }
         text += &format!(
             "first token after {:.2} s, loading included\n",
             self.first_token_s()
         );
         text
     }
+}
+
+fn requests_text(r: &Requests) -> String {
+    let ms = |seconds: f64| 1e3 * seconds;
+    format!(
+        "requests {:>9.3} s   {} requests about {} clips at once, {} new tokens each; one after another \
+         {:.3} s: {:.2} times as fast\n\
+         again    {:>9.3} s   first token of another question about a clip; of the first {:.3} s: {:.1} \
+         times as soon\n\
+         beside   {:>9.4} s   a token of 4 readers (worst {:.1} ms) while a long clip is read; alone {:.1} ms \
+         (worst {:.1} ms): {:.2} times\n",
+        r.together_s,
+        r.load.requests,
+        r.load.clips,
+        r.load.new_tokens,
+        r.one_by_one_s,
+        r.one_by_one_s / r.together_s,
+        r.again_s,
+        r.first_s,
+        r.first_s / r.again_s,
+        r.beside_s.0,
+        ms(r.beside_s.1),
+        ms(r.token_s.0),
+        ms(r.token_s.1),
+        r.beside_s.0 / r.token_s.0,
+    )
 }

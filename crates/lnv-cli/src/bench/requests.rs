@@ -23,6 +23,8 @@ use crate::progress;
 /// Readers whose tokens are timed beside a long clip, and the length of their answers.
 const READERS: usize = 4;
 const READ: usize = 48;
+/// Blocks of 64 tokens of the cache.
+const CACHE_BLOCKS: usize = 512;
 /// How much longer the long clip is.
 const LONGER: usize = 3;
 
@@ -128,7 +130,12 @@ fn options(new_tokens: usize) -> GenerationOptions {
 }
 
 fn service(model: &Arc<LlavaNextVideoModel>) -> Service {
-    let engine = Engine::new(Arc::clone(model), GenerationConfig::default());
+    // As a server has it: room for all from the start, which costs what is written of it.
+    let limits = EngineLimits {
+        cache_blocks: Some(CACHE_BLOCKS),
+        ..EngineLimits::default()
+    };
+    let engine = Engine::with_limits(Arc::clone(model), GenerationConfig::default(), limits);
     Service::start(engine, Arc::new(()), ServiceLimits::default())
 }
 

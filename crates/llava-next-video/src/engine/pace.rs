@@ -1,16 +1,16 @@
 //! How much else a step may do beside decoding, so that tokens keep coming.
 //!
 //! Decision: measured, not configured. A step that only decodes tells what the readers are used to; what
-//! a prompt's token or a layer of the vision tower adds is measured likewise. Beside decoding, vision
-//! and prefill may each add nearly half of a decode step's time, so that a token takes at most about
-//! twice as long however long a video waits. Where nothing decodes, they go at full size.
+//! a prompt's token adds is measured likewise. Beside decoding, vision and prefill together may add nearly
+//! a decode step's time, so that a token takes at most about twice as long however long a video waits.
+//! Where nothing decodes, they go at full size.
 
 use std::time::Duration;
 
 /// Weight of the newest measurement.
 const NEWEST: f64 = 0.3;
-/// What vision may add to a step, and what prefill may, in parts of a decode step.
-const SHARE: f64 = 0.45;
+/// What vision and prefill may add to a step, in parts of a decode step.
+const SHARE: f64 = 0.9;
 /// The fewest prompt tokens beside decoding: below, reading the weights is all that they cost.
 const LEAST: usize = 8;
 /// Before anything is measured.
@@ -41,19 +41,24 @@ impl Pace {
         }
     }
 
-    /// How long vision may take in a step that decodes.
-    pub fn vision(&self) -> Duration {
-        let decode = self.decode.unwrap_or(FIRST.as_secs_f64());
-        Duration::from_secs_f64(SHARE * decode)
+    /// How long vision may take in a step that decodes; half of what there is if prompts are read in it
+    /// too.
+    pub fn vision(&self, shared: bool) -> Duration {
+        Duration::from_secs_f64(self.spare() / if shared { 2.0 } else { 1.0 })
     }
 
-    /// How many tokens of prompts a step that decodes may take.
-    pub fn tokens(&self) -> usize {
-        let decode = self.decode.unwrap_or(FIRST.as_secs_f64());
+    /// How many tokens of prompts a step that decodes may take, after vision took so long.
+    pub fn tokens(&self, vision: Duration) -> usize {
+        let left = (self.spare() - vision.as_secs_f64()).max(0.0);
         match self.token {
-            Some(token) if token > 0.0 => ((SHARE * decode / token) as usize).max(LEAST),
+            Some(token) if token > 0.0 => ((left / token) as usize).max(LEAST),
             _ => LEAST,
         }
+    }
+
+    /// Seconds that a step may take longer than one that only decodes.
+    fn spare(&self) -> f64 {
+        SHARE * self.decode.unwrap_or(FIRST.as_secs_f64())
     }
 }
 
@@ -68,14 +73,22 @@ mod tests {
     #[test]
     fn prompts_get_as_many_tokens_as_fit_into_their_share() {
         let mut pace = Pace::default();
-        assert_eq!(pace.tokens(), LEAST);
+        let none = Duration::ZERO;
+        assert_eq!(pace.tokens(none), LEAST);
         let ms = Duration::from_millis;
         (0..50).for_each(|_| pace.stepped(ms(20), 4, 0));
         (0..50).for_each(|_| pace.stepped(ms(30), 4, 50));
-        // 0.2 ms a token, 9 ms of a step.
-        assert!((44..=46).contains(&pace.tokens()), "{}", pace.tokens());
-        assert!(pace.vision() > ms(8) && pace.vision() < ms(10));
+        // 0.2 ms a token, 18 ms of a step.
+        assert!(
+            (88..=91).contains(&pace.tokens(none)),
+            "{}",
+            pace.tokens(none)
+        );
+        assert!((43..=46).contains(&pace.tokens(ms(9))));
+        assert_eq!(pace.tokens(ms(30)), LEAST);
+        assert!(pace.vision(true) > ms(8) && pace.vision(true) < ms(10));
+        assert_eq!(pace.vision(false), 2 * pace.vision(true));
         (0..50).for_each(|_| pace.stepped(ms(30), 4, 1));
-        assert_eq!(pace.tokens(), LEAST);
+        assert_eq!(pace.tokens(none), LEAST);
     }
 }

@@ -4,7 +4,7 @@
 //! in, as far as their pictures are known and as there is time. A row's result does not depend on what
 //! else is in the pass, so nothing here can change an answer.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use lnv_kernels::{Buffer, KV_BLOCK};
 
@@ -41,10 +41,10 @@ impl Part {
 }
 
 impl Engine {
-    /// One pass through the decoder.
-    pub(super) fn pass(&mut self, sink: Sink<'_>) {
+    /// One pass through the decoder, in a step that has spent so long on vision.
+    pub(super) fn pass(&mut self, vision: Duration, sink: Sink<'_>) {
         self.make_room(sink);
-        let (parts, decoding) = self.parts();
+        let (parts, decoding) = self.parts(vision);
         if parts.is_empty() {
             return;
         }
@@ -83,7 +83,7 @@ impl Engine {
     }
 
     /// What goes through the decoder in this step, those that decode first, and how many those are.
-    fn parts(&self) -> (Vec<Part>, usize) {
+    fn parts(&self, vision: Duration) -> (Vec<Part>, usize) {
         let of = |stage: Stage| {
             let jobs = self.running.iter().enumerate();
             jobs.filter(move |(_, job)| job.stage == stage && !job.cancelled)
@@ -102,7 +102,7 @@ impl Engine {
         let decoding = parts.len();
         let mut room = match decoding {
             0 => self.limits.prefill_chunk,
-            _ => self.pace.tokens().min(self.limits.prefill_chunk),
+            _ => self.pace.tokens(vision).min(self.limits.prefill_chunk),
         };
         for (job, of) in of(Stage::Prefill) {
             let looking = of.unseen().next().is_some();

@@ -224,9 +224,10 @@ impl Engine {
         }
         self.stats.steps += 1;
         let decodes = self.running.iter().any(|job| job.stage == Stage::Decode);
+        let begun = Instant::now();
         self.look(decodes, sink);
         self.sweep(sink);
-        self.pass(sink);
+        self.pass(begun.elapsed(), sink);
         self.pick(text, sink);
     }
 
@@ -249,6 +250,7 @@ impl Engine {
     /// Looks at pictures: one pass through the tower, or beside decoding a part of one.
     fn look(&mut self, decodes: bool, sink: Sink<'_>) {
         let start = Instant::now();
+        let allowed = self.pace.vision(self.reads_prompts());
         loop {
             self.stats.features_found += self.recognise(sink);
             if self.sight.is_none() {
@@ -282,13 +284,20 @@ impl Engine {
                 Some(Err(error)) => self.fail(job, error, sink),
             }
             let enough = match decodes {
-                true => start.elapsed() >= self.pace.vision(),
+                true => start.elapsed() >= allowed,
                 false => through,
             };
             if enough {
                 break;
             }
         }
+    }
+
+    /// Whether a prompt could go on without seeing more.
+    fn reads_prompts(&self) -> bool {
+        let prefills = |job: &&Job| job.stage == Stage::Prefill;
+        let mut jobs = self.running.iter().filter(prefills);
+        jobs.any(|job| job.sequences.iter().any(|s| job.ready(s) > s.cached))
     }
 
     /// Gives known features to those that wait for them; to how many.

@@ -7,7 +7,7 @@
 //! | part | does |
 //! | --- | --- |
 //! | `still`, `jpeg`, `gif` | one picture, pixels as Pillow 11.3 gives them |
-//! | `sample` | which frames: the integer formula |
+//! | `sample` | which frames: the integer formula, and the part of a video that it is applied to |
 //! | `demux` | opens a local file, and nothing else, and hands out packets |
 //! | `index`, `bitstream`, `mp4` | the order of presentation and where decoding may start, without decoding |
 //! | `decode` | packets to frames, threads on |
@@ -15,7 +15,7 @@
 //! | `seek`, `sequential` | the two ways to a frame |
 //! | `video` | puts those together |
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 mod bitstream;
 mod convert;
@@ -34,8 +34,8 @@ mod video;
 pub use sample::sample_indices;
 pub use still::{decode_data_uri_or_base64, decode_image, load_image};
 pub use video::{
-    SampledFrame, VideoSummary, decode_video, decode_video_everything, decode_video_with,
-    probe_video,
+    SampledFrame, VideoSummary, decode_video, decode_video_everything, decode_video_part,
+    decode_video_with, probe_video,
 };
 
 /// Height and width in pixels. Always this struct, height first; never a bare pair.
@@ -113,6 +113,24 @@ pub enum FrameSampling {
     All,
 }
 
+/// The stretch of a video that frames are taken from, in seconds from its first frame: those that are shown in
+/// `start..end`. The frame that is on the screen at `start` belongs to it, even where it came up before.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct VideoPart {
+    /// Where it begins; the beginning of the video by default.
+    pub start: Option<f64>,
+    /// Where it ends; the end of the video by default.
+    pub end: Option<f64>,
+}
+
+impl VideoPart {
+    /// The whole video.
+    pub const WHOLE: Self = Self {
+        start: None,
+        end: None,
+    };
+}
+
 /// What a video file says of itself and what counting its packets says; nothing is decoded.
 #[derive(Debug, Clone, PartialEq)]
 pub struct VideoInfo {
@@ -153,6 +171,8 @@ pub struct MediaLimits {
     pub decoded_frames: u64,
     /// Packets that one call may read to count frames. Default 20 million.
     pub packets: u64,
+    /// Length of a video of which frames are sampled, by its number of frames and its frame rate. Default none.
+    pub duration: Option<Duration>,
     /// The moment at which decoding gives up. Default none.
     pub deadline: Option<Instant>,
 }
@@ -167,6 +187,7 @@ impl Default for MediaLimits {
             sampled_bytes: 4 << 30,
             decoded_frames: 1_000_000,
             packets: 20_000_000,
+            duration: None,
             deadline: None,
         }
     }

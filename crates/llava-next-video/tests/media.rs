@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use base64::Engine;
 use llava_next_video::Error;
 use llava_next_video::media::{
-    FrameSampling, ImageSize, MediaLimits, Video, decode_data_uri_or_base64, decode_image,
-    decode_video, decode_video_everything, decode_video_with, load_image, probe_video,
+    FrameSampling, ImageSize, MediaLimits, Video, VideoPart, decode_data_uri_or_base64,
+    decode_image, decode_video, decode_video_everything, decode_video_part, decode_video_with,
+    load_image, probe_video,
 };
 use serde_json::Value;
 
@@ -39,7 +40,13 @@ fn size_of(value: &Value) -> ImageSize {
 }
 
 fn whole(path: &Path) -> Video {
-    decode_video_everything(path, FrameSampling::All, &MediaLimits::default()).unwrap()
+    decode_video_everything(
+        path,
+        FrameSampling::All,
+        VideoPart::WHOLE,
+        &MediaLimits::default(),
+    )
+    .unwrap()
 }
 
 fn sampled(path: &Path, sampling: FrameSampling) -> Result<Video, Error> {
@@ -547,4 +554,63 @@ fn a_cut_off_file_says_what_is_left() {
         "{:?}",
         left.notes
     );
+}
+
+#[test]
+fn a_part_of_a_video_holds_the_frames_shown_in_it() {
+    let limits = MediaLimits::default();
+    // By an MP4 table, by packets, by decoding all; with frames of unequal length; turned; damaged order.
+    for name in [
+        "h264.mp4",
+        "h264.mkv",
+        "h264.avi",
+        "h264.h264",
+        "h264-vfr.mp4",
+        "h264-turned-90.mp4",
+        "vp9.webm",
+        "mpeg2.ts",
+    ] {
+        let path = testdata().join(name);
+        let whole = whole(&path);
+        let end = whole.timestamps.last().unwrap();
+        let (from, to) = (end * 0.37, end * 0.81);
+        let part = VideoPart {
+            start: Some(from),
+            end: Some(to),
+        };
+        let got = decode_video_part(&path, FrameSampling::All, part, &limits, None).unwrap();
+        assert_agrees(name, &got, &whole);
+        let first = whole
+            .timestamps
+            .iter()
+            .rposition(|time| *time <= from + 1e-6);
+        let behind = whole.timestamps.iter().position(|time| *time >= to - 1e-6);
+        let wanted: Vec<usize> = (first.unwrap()..behind.unwrap()).collect();
+        assert_eq!(got.frames_indices, wanted, "{name}");
+        let two = FrameSampling::Default(2);
+        let few = decode_video_part(&path, two, part, &limits, None).unwrap();
+        assert_eq!(few.frames_indices, [wanted[0], wanted[wanted.len() / 2]]);
+        let behind = VideoPart {
+            start: Some(1e6),
+            end: None,
+        };
+        let error = decode_video_part(&path, two, behind, &limits, None).unwrap_err();
+        assert!(matches!(error, Error::Input(_)), "{name}: {error}");
+    }
+}
+
+#[test]
+fn a_video_that_lasts_too_long_is_refused() {
+    let limits = MediaLimits {
+        duration: Some(Duration::from_millis(100)),
+        ..MediaLimits::default()
+    };
+    let error = decode_video(
+        testdata().join("h264.mp4"),
+        FrameSampling::Default(2),
+        &limits,
+        None,
+    );
+    let message = error.unwrap_err().to_string();
+    assert!(message.contains("the limit"), "{message}");
 }

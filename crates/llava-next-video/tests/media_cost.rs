@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use ffmpeg::media::Type;
 use ffmpeg_next as ffmpeg;
-use llava_next_video::media::{FrameSampling, MediaLimits, decode_video, decode_video_everything};
+use llava_next_video::media::{
+    FrameSampling, MediaLimits, VideoPart, decode_video, decode_video_everything,
+};
 
 /// Writes the video packets of `source` `times` times, one after another, to `target`.
 fn repeat(source: &Path, target: &Path, times: i64) {
@@ -94,7 +96,13 @@ fn eight_frames_of_ten_minutes_cost_eight_groups() {
         let began = Instant::now();
         let start = now(began);
         let limits = MediaLimits::default();
-        let whole = decode_video_everything(&long, FrameSampling::NumFrames(8), &limits).unwrap();
+        let whole = decode_video_everything(
+            &long,
+            FrameSampling::NumFrames(8),
+            VideoPart::WHOLE,
+            &limits,
+        )
+        .unwrap();
         // It decodes the file twice, to count and to pick; once is the fair measure.
         let slow = (now(began) - start) / 2;
         let quick = decode_video(&long, FrameSampling::NumFrames(8), &limits, None).unwrap();

@@ -27,7 +27,9 @@ pub(super) fn seeking(
     index: &Index,
     out: &mut Out<'_>,
 ) -> Result<Option<VideoSummary>> {
-    let frames = job.sample(index.len(), demuxer.frame_rate, out)?;
+    let base = demuxer.time_base;
+    let time = |frame| seconds(index.pts_of(frame) - index.pts_of(0), base);
+    let frames = job.sample(index.len(), demuxer.frame_rate, time, out)?;
     // An attempt before this one may have handed over some frames, of the same number in all.
     if !out.agrees(index.len()) {
         return Ok(None);

@@ -29,6 +29,8 @@ pub(super) struct Plan {
 struct Counted {
     frames: usize,
     failed: bool,
+    /// When each comes up, in seconds; left empty where nobody asks.
+    times: Vec<f64>,
 }
 
 /// Hands the sampled frames to `out`, less those that an earlier attempt handed over.
@@ -37,10 +39,13 @@ pub(super) fn sequential(job: &Job<'_>, out: &mut Out<'_>, plan: Plan) -> Result
     let mut threaded = plan.threaded;
     let mut kept = Kept::new(job, &demuxer, out, plan.promised);
     let mut counted = every_frame(job, threaded, &mut |at, frame| kept.see(at, frame))?;
+    counted.times = std::mem::take(&mut kept.times);
     if counted.failed && threaded {
         // What a damaged stream yields must not depend on the threads.
         threaded = false;
-        counted = every_frame(job, threaded, &mut |_, _| Ok(true))?;
+        let mut again = Kept::new(job, &demuxer, out, None);
+        counted = every_frame(job, threaded, &mut |at, frame| again.see(at, frame))?;
+        counted.times = again.times;
     } else if plan.promised == Some(counted.frames) && kept.complete() {
         for (at, time, image) in kept.frames {
             out.give(at, time, image)?;
@@ -77,7 +82,8 @@ fn pick(
             job.path.display()
         )));
     }
-    let frames = job.sample(total, demuxer.frame_rate, out)?;
+    let time = |at: usize| counted.times.get(at).copied().unwrap_or(0.0);
+    let frames = job.sample(total, demuxer.frame_rate, time, out)?;
     let given = out.given();
     if given > frames.len() {
         return Err(contradiction(job, total));
@@ -138,19 +144,26 @@ struct Kept {
     wanted: Vec<usize>,
     frames: Vec<(usize, f64, Image)>,
     bytes: usize,
+    keeps_times: bool,
+    times: Vec<f64>,
     clock: Clock,
     converter: Converter,
 }
 
 impl Kept {
     fn new(job: &Job<'_>, demuxer: &Demuxer, out: &Out<'_>, promised: Option<usize>) -> Self {
-        let sample = |total| job.sample(total, demuxer.frame_rate, out).ok();
-        // Nothing is kept where the promise does not allow the sampling, or frames were handed over already.
-        let wanted = promised.filter(|_| out.given() == 0).and_then(sample);
+        let sample = |total| job.sample(total, demuxer.frame_rate, |_| 0.0, out).ok();
+        // Nothing is kept where the promise does not allow the sampling, frames were handed over already, or only
+        // their times tell which are wanted.
+        let wanted = promised
+            .filter(|_| out.given() == 0 && job.takes_the_whole())
+            .and_then(sample);
         Self {
             wanted: wanted.unwrap_or_default(),
             frames: Vec::new(),
             bytes: 0,
+            keeps_times: !job.takes_the_whole(),
+            times: Vec::new(),
             clock: Clock::new(demuxer),
             converter: Converter::new(stream_turn(demuxer).0),
         }
@@ -158,6 +171,11 @@ impl Kept {
 
     fn see(&mut self, at: usize, frame: frame::Video) -> Result<bool> {
         let time = self.clock.time(at, &frame);
+        if self.keeps_times {
+            // A damaged file's times may fall; frames stay in the order in which they came out.
+            self.times
+                .push(self.times.last().map_or(time, |last| time.max(*last)));
+        }
         if self.wanted.get(self.frames.len()) == Some(&at) && self.bytes <= KEPT_BYTES {
             let image = self.converter.convert(frame)?;
             self.bytes += image.data.len();
@@ -182,6 +200,7 @@ fn every_frame(
     let mut counted = Counted {
         frames: 0,
         failed: false,
+        times: Vec::new(),
     };
     let mut ahead = None;
     loop {

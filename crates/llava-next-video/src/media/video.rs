@@ -15,10 +15,12 @@ use super::decode::{Control, Decoder};
 use super::demux::Demuxer;
 use super::index::{self, Scan};
 use super::mp4;
+use super::sample::frames_in;
 use super::seek::seeking;
 use super::sequential::{Plan, sequential};
 use super::{
-    FrameSampling, Image, ImageSize, MediaLimits, Video, VideoInfo, VideoMetadata, sample_indices,
+    FrameSampling, Image, ImageSize, MediaLimits, Video, VideoInfo, VideoMetadata, VideoPart,
+    sample_indices,
 };
 use crate::{Error, Result};
 
@@ -61,8 +63,24 @@ pub fn decode_video(
     limits: &MediaLimits,
     cancel: Option<&AtomicBool>,
 ) -> Result<Video> {
+    decode_video_part(path, sampling, VideoPart::WHOLE, limits, cancel)
+}
+
+/// As [`decode_video`], but of the frames that are shown in `part`. Their numbers and times are still those of the
+/// whole video.
+///
+/// # Errors
+///
+/// As [`decode_video`], and [`Error::Input`] where `part` lies outside the video.
+pub fn decode_video_part(
+    path: impl AsRef<Path>,
+    sampling: FrameSampling,
+    part: VideoPart,
+    limits: &MediaLimits,
+    cancel: Option<&AtomicBool>,
+) -> Result<Video> {
     collect(path.as_ref(), limits, |sink| {
-        decode_video_with(path.as_ref(), sampling, limits, cancel, sink)
+        decode(path.as_ref(), (sampling, part), limits, cancel, sink)
     })
 }
 
@@ -76,6 +94,7 @@ pub fn decode_video(
 pub fn decode_video_everything(
     path: impl AsRef<Path>,
     sampling: FrameSampling,
+    part: VideoPart,
     limits: &MediaLimits,
 ) -> Result<Video> {
     let path = path.as_ref();
@@ -87,6 +106,7 @@ pub fn decode_video_everything(
         let job = Job {
             path,
             sampling,
+            part,
             limits,
             control: &control,
         };
@@ -113,6 +133,16 @@ pub fn decode_video_with(
     sink: &mut dyn FnMut(SampledFrame) -> Result<()>,
 ) -> Result<VideoSummary> {
     let path = path.as_ref();
+    decode(path, (sampling, VideoPart::WHOLE), limits, cancel, sink)
+}
+
+fn decode(
+    path: &Path,
+    (sampling, part): (FrameSampling, VideoPart),
+    limits: &MediaLimits,
+    cancel: Option<&AtomicBool>,
+    sink: &mut dyn FnMut(SampledFrame) -> Result<()>,
+) -> Result<VideoSummary> {
     let control = Control {
         cancel,
         deadline: limits.deadline,
@@ -120,6 +150,7 @@ pub fn decode_video_with(
     let job = Job {
         path,
         sampling,
+        part,
         limits,
         control: &control,
     };
@@ -310,24 +341,57 @@ impl<'a> Out<'a> {
 pub(super) struct Job<'a> {
     pub(super) path: &'a Path,
     sampling: FrameSampling,
+    part: VideoPart,
     pub(super) limits: &'a MediaLimits,
     pub(super) control: &'a Control<'a>,
 }
 
 impl Job<'_> {
-    /// Which frames to take of `total`.
-    pub(super) fn sample(&self, total: usize, fps: f64, out: &Out<'_>) -> Result<Vec<usize>> {
-        if let FrameSampling::All = self.sampling {
-            out.admit(total)?;
-        }
+    /// Whether frames are taken from all of the video, so that nobody asks when a frame comes up.
+    pub(super) fn takes_the_whole(&self) -> bool {
+        self.part == VideoPart::WHOLE
+    }
+
+    /// Which frames to take of `total`; `time` tells when one comes up.
+    pub(super) fn sample(
+        &self,
+        total: usize,
+        fps: f64,
+        time: impl Fn(usize) -> f64,
+        out: &Out<'_>,
+    ) -> Result<Vec<usize>> {
         let named = |cause: String| format!("cannot use {}: {cause}", self.path.display());
-        let indices = sample_indices(total, fps, self.sampling).map_err(|error| match error {
+        let name = |error| match error {
             Error::Input(cause) => Error::Input(named(cause)),
             Error::Media(cause) => Error::Media(named(cause)),
             other => other,
-        })?;
+        };
+        self.check_duration(total, fps).map_err(name)?;
+        let within = match self.takes_the_whole() {
+            true => 0..total,
+            false => frames_in(self.part, total, time).map_err(name)?,
+        };
+        if let FrameSampling::All = self.sampling {
+            out.admit(within.len())?;
+        }
+        let mut indices = sample_indices(within.len(), fps, self.sampling).map_err(name)?;
         out.admit(indices.len())?;
+        indices.iter_mut().for_each(|at| *at += within.start);
         Ok(indices)
+    }
+
+    fn check_duration(&self, total: usize, fps: f64) -> Result<()> {
+        let Some(most) = self.limits.duration else {
+            return Ok(());
+        };
+        let seconds = if fps > 0.0 { total as f64 / fps } else { 0.0 };
+        if seconds <= most.as_secs_f64() {
+            return Ok(());
+        }
+        Err(Error::Media(format!(
+            "it lasts {seconds:.0} s, more than {} s, the limit; cut it into shorter files",
+            most.as_secs()
+        )))
     }
 
     /// What to tell about the whole.
@@ -358,10 +422,14 @@ impl Job<'_> {
             ));
         }
         if let FrameSampling::Default(wanted) = self.sampling
-            && wanted > total
+            && wanted > frames_indices.len()
         {
+            let (place, has) = match self.takes_the_whole() {
+                true => (String::new(), total),
+                false => ("the part of ".into(), frames_indices.len()),
+            };
             notes.push(format!(
-                "{shown} has {total} frames, fewer than {wanted}: all of them were taken"
+                "{place}{shown} has {has} frames, fewer than {wanted}: all of them were taken"
             ));
         }
         let fps = demuxer.frame_rate;

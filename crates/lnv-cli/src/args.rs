@@ -40,6 +40,8 @@ pub enum Command {
     /// Generate from a conversation file or from processed inputs, perhaps a whole batch.
     #[command(allow_negative_numbers = true)]
     Generate(GenerateArgs),
+    /// Answer over HTTP as OpenAI's API does, with a page to try it.
+    Serve(Box<ServeArgs>),
     /// Write what the Transformers processor returns: token ids and pixels.
     #[command(allow_negative_numbers = true)]
     Process(ProcessArgs),
@@ -289,6 +291,111 @@ pub struct ChatArgs {
     pub model: ModelArgs,
     #[command(flatten)]
     pub generation: GenerationArgs,
+}
+
+/// `lnv serve`.
+#[derive(Args, Debug)]
+pub struct ServeArgs {
+    /// Address to listen on; 0.0.0.0 for all (then set a key).
+    #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
+    pub host: std::net::IpAddr,
+    /// Port to listen on; 0 takes a free one.
+    #[arg(long, value_name = "N", default_value_t = 8000)]
+    pub port: u16,
+    /// Answer only those who send this key, in the form "Authorization: Bearer KEY".
+    #[arg(long, value_name = "KEY", env = "LNV_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+    /// Name that the model goes by; may be given several times, the first one is shown.
+    #[arg(long, value_name = "NAME")]
+    pub served_model_name: Vec<String>,
+    /// Let pages of this origin ask too, such as https://example.org; * for all.
+    #[arg(long, value_name = "ORIGIN")]
+    pub allow_origin: Vec<String>,
+    /// One line a request on stderr, as text or as JSON.
+    #[arg(long, value_enum, default_value_t = LogFormat::Text, hide_possible_values = true,
+          value_name = "text|json", hide_default_value = true)]
+    pub log_format: LogFormat,
+    #[command(flatten)]
+    pub media: ServeMediaArgs,
+    #[command(flatten)]
+    pub limits: ServeLimitArgs,
+    #[command(flatten)]
+    pub model: ModelArgs,
+}
+
+/// What media `lnv serve` takes.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Media")]
+pub struct ServeMediaArgs {
+    /// Directory whose files requests may name; may be given several times [default: none].
+    #[arg(long, value_name = "DIR")]
+    pub allow_local: Vec<PathBuf>,
+    /// Fetch from this machine and private networks too.
+    #[arg(long)]
+    pub allow_private_addresses: bool,
+    /// Frames of a clip where the request does not say.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub default_frames: usize,
+    /// Most frames of a request.
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub max_frames: usize,
+    /// Most pictures and clips of a request.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub max_media: usize,
+    /// Largest file, in MiB, uploaded or fetched.
+    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    pub max_media_mib: usize,
+    /// Memory for decoded media that are kept, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    pub media_cache_mib: usize,
+    /// Disk for uploads that are kept, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 4096)]
+    pub upload_cache_mib: usize,
+}
+
+/// What `lnv serve` takes at most.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Limits")]
+pub struct ServeLimitArgs {
+    /// Most new tokens of an answer.
+    #[arg(long, value_name = "N", default_value_t = 4096)]
+    pub max_tokens: usize,
+    /// Requests that wait; more are told to come again (429).
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub max_waiting: usize,
+    /// Open connections; more are told to come again (429).
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    pub max_connections: usize,
+    /// Largest JSON body in MiB, data URIs and all.
+    #[arg(long, value_name = "MIB", default_value_t = 64)]
+    pub max_body_mib: usize,
+    /// Memory for bodies that are being read, in MiB, all together.
+    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    pub body_memory_mib: usize,
+    /// Memory for pictures that wait for the model, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    pub pixel_memory_mib: usize,
+    /// Memory for keys and values in MiB [default: a quarter of what is free].
+    #[arg(long, value_name = "MIB")]
+    pub kv_cache_mib: Option<usize>,
+    /// Memory for features of pictures that are kept, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 256)]
+    pub feature_cache_mib: usize,
+    /// Seconds that a request may take in all.
+    #[arg(long, value_name = "S", default_value_t = 600)]
+    pub request_timeout: u64,
+    /// Seconds that running requests get when the server is told to stop.
+    #[arg(long, value_name = "S", default_value_t = 30)]
+    pub drain_seconds: u64,
+}
+
+/// `--log-format`.
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
 }
 
 /// `lnv generate`.

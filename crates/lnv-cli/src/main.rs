@@ -20,6 +20,7 @@ mod pipeline;
 mod process;
 mod progress;
 mod quantize;
+mod serve;
 mod stream;
 
 use std::process::ExitCode;
@@ -27,7 +28,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{CommandFactory, FromArgMatches};
 
-use args::{Cli, Command};
+use args::{Cli, Command, LogFormat};
 
 fn main() -> ExitCode {
     quiet_panics();
@@ -36,7 +37,7 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => error.exit(),
     };
-    start_log();
+    start_log(&cli.command);
     let order = matches
         .subcommand()
         .map(|(_, sub)| pipeline::media_order(sub))
@@ -58,6 +59,7 @@ fn run(cli: &Cli, order: Vec<pipeline::NamedMedium>) -> Result<()> {
         Command::Ask(args) => ask::run(args, order),
         Command::Chat(args) => chat::run(args, order),
         Command::Generate(args) => generate::run(args),
+        Command::Serve(args) => serve::run(args),
         Command::Process(args) => process::run(args),
         Command::Forward(args) => forward::run(args),
         Command::Bench(args) => bench::run(args),
@@ -85,14 +87,24 @@ fn quiet_panics() {
     }));
 }
 
-/// `LNV_LOG=debug` shows what the library says.
-fn start_log() {
+/// `LNV_LOG=debug` shows what the library says. A server logs its requests unless told otherwise, with
+/// the time; the other commands warn only.
+fn start_log(command: &Command) {
+    let (usual, format) = match command {
+        Command::Serve(args) => (
+            "warn,lnv::request=info,lnv::serve=info",
+            Some(args.log_format),
+        ),
+        _ => ("warn", None),
+    };
     let filter = tracing_subscriber::EnvFilter::try_from_env("LNV_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    let _ = tracing_subscriber::fmt()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(usual));
+    let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .without_time()
-        .with_target(false)
-        .try_init();
+        .with_writer(std::io::stderr);
+    let _ = match format {
+        None => log.without_time().with_target(false).try_init(),
+        Some(LogFormat::Text) => log.with_ansi(false).try_init(),
+        Some(LogFormat::Json) => log.json().flatten_event(true).try_init(),
+    };
 }

@@ -7,6 +7,12 @@ pub fn peak() -> Option<u64> {
     line_of(&status, "VmHWM:")
 }
 
+/// Bytes of memory that the process has now.
+pub fn resident() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    line_of(&status, "VmRSS:")
+}
+
 /// Bytes of memory that a program can still have without pushing others out.
 pub fn available() -> Option<u64> {
     let told = std::fs::read_to_string("/proc/meminfo").ok()?;

@@ -1,4 +1,4 @@
-//! An answer on its way to stdout: tokens to text, held back where a stop string may be beginning.
+//! An answer on its way out: tokens to text, held back where a stop string may be beginning.
 
 use anyhow::Result;
 use llava_next_video::engine::{StopStrings, TokenText};
@@ -16,13 +16,83 @@ impl TokenText for Text<'_> {
     }
 }
 
-/// Prints an answer as it comes.
-pub struct AnswerStream {
+/// An answer's text, piece by piece: no character is split, no stop string shows, no blanks stand around
+/// it. All pieces together are the same whether they are asked for one by one or at the end.
+pub struct AnswerText {
     detokenizer: Detokenizer,
     stop: StopStrings,
     held: String,
     started: bool,
     stopped: bool,
+}
+
+impl AnswerText {
+    /// A text that ends before any of `stop`.
+    pub fn new(tokenizer: &Tokenizer, stop: Vec<String>) -> Self {
+        Self {
+            detokenizer: tokenizer.detokenizer(true, None),
+            stop: StopStrings::new(stop),
+            held: String::new(),
+            started: false,
+            stopped: false,
+        }
+    }
+
+    /// Adds a token; gives what is certain now, perhaps nothing.
+    pub fn push(&mut self, id: u32) -> String {
+        match self.detokenizer.push(id) {
+            Some(text) => self.add(&text),
+            None => String::new(),
+        }
+    }
+
+    /// What is left at the end.
+    pub fn finish(&mut self) -> String {
+        let mut text = match self.detokenizer.flush() {
+            Some(text) => self.add(&text),
+            None => String::new(),
+        };
+        if !self.stopped {
+            let rest = std::mem::take(&mut self.held);
+            text += &self.begun(rest.trim_end());
+        }
+        text
+    }
+
+    fn add(&mut self, text: &str) -> String {
+        if self.stopped {
+            return String::new();
+        }
+        self.held.push_str(text);
+        if let Some(found) = self.stop.find(&self.held) {
+            self.stopped = true;
+            let answer = self.held[..found.start].to_owned();
+            self.held.clear();
+            return self.begun(answer.trim_end());
+        }
+        // Trailing blanks wait too: an answer ends without them.
+        let certain = self.held.len() - self.stop.held_back(&self.held);
+        let ready = self.held[..certain].trim_end().len();
+        let rest = self.held.split_off(ready);
+        let ready = std::mem::replace(&mut self.held, rest);
+        self.begun(&ready)
+    }
+
+    /// Drops the space between the prompt's last word and the answer's first.
+    fn begun(&mut self, text: &str) -> String {
+        let text = if self.started {
+            text
+        } else {
+            text.trim_start()
+        };
+        self.started |= !text.is_empty();
+        text.to_owned()
+    }
+}
+
+/// Prints an answer as it comes.
+pub struct AnswerStream {
+    text: AnswerText,
     /// What was printed.
     pub printed: String,
 }
@@ -31,65 +101,28 @@ impl AnswerStream {
     /// A stream that ends before any of `stop`.
     pub fn new(tokenizer: &Tokenizer, stop: Vec<String>) -> Self {
         Self {
-            detokenizer: tokenizer.detokenizer(true, None),
-            stop: StopStrings::new(stop),
-            held: String::new(),
-            started: false,
-            stopped: false,
+            text: AnswerText::new(tokenizer, stop),
             printed: String::new(),
         }
     }
 
     /// Adds a token.
     pub fn push(&mut self, id: u32) -> Result<()> {
-        match self.detokenizer.push(id) {
-            Some(text) => self.add(&text),
-            None => Ok(()),
-        }
+        let text = self.text.push(id);
+        self.print(&text)
     }
 
     /// Prints what is left and ends the line.
     pub fn finish(&mut self) -> Result<()> {
-        if let Some(text) = self.detokenizer.flush() {
-            self.add(&text)?;
-        }
-        if !self.stopped {
-            let rest = std::mem::take(&mut self.held);
-            self.print(rest.trim_end())?;
-        }
+        let text = self.text.finish();
+        self.print(&text)?;
         output::write("\n")
     }
 
-    fn add(&mut self, text: &str) -> Result<()> {
-        if self.stopped {
-            return Ok(());
-        }
-        self.held.push_str(text);
-        if let Some(found) = self.stop.find(&self.held) {
-            self.stopped = true;
-            let answer = self.held[..found.start].to_owned();
-            self.held.clear();
-            return self.print(&answer);
-        }
-        // Trailing blanks wait too: an answer ends without them.
-        let certain = self.held.len() - self.stop.held_back(&self.held);
-        let ready = self.held[..certain].trim_end().len();
-        let rest = self.held.split_off(ready);
-        let ready = std::mem::replace(&mut self.held, rest);
-        self.print(&ready)
-    }
-
     fn print(&mut self, text: &str) -> Result<()> {
-        // The space between the prompt's last word and the answer's first.
-        let text = if self.started {
-            text
-        } else {
-            text.trim_start()
-        };
         if text.is_empty() {
             return Ok(());
         }
-        self.started = true;
         self.printed.push_str(text);
         output::write(text)
     }

@@ -10,5 +10,6 @@ mod demo;
 mod hub;
 mod quantize;
 mod refusals;
+mod serve;
 mod support;
 mod urls;

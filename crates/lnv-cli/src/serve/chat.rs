@@ -1,0 +1,315 @@
+//! `POST /v1/chat/completions`.
+//!
+//! Decision: whatever can be wrong with a request is found before the answer begins, so that it has a
+//! status and not only a broken stream: body, fields, media, the length of the prompt.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::body::Body;
+use axum::extract::{Extension, State};
+use axum::http::{HeaderMap, Request};
+use axum::response::{IntoResponse, Response};
+use llava_next_video::engine::{Constraints, Event, FinishReason, Generation};
+use llava_next_video::processor::conversation::Conversation;
+use serde_json::{Value, json};
+
+use super::body;
+use super::content::{self, Named};
+use super::error::{ApiError, ApiResult};
+use super::events;
+use super::fields::{self, Fields};
+use super::job::{Asked, Job, Place, Update, aside, prepare};
+use super::json_schema::SchemaError;
+use super::log::RequestLog;
+use super::logprobs::{self, Teller};
+use super::request::{ResponseFormat, Wanted};
+use super::state::{Peer, Server};
+use super::within;
+use crate::stream::AnswerText;
+
+/// A request that was read.
+struct Parsed {
+    conversation: Conversation,
+    media: Vec<Named>,
+    wanted: Wanted,
+    user: Option<String>,
+}
+
+/// Answers a chat.
+pub async fn complete(
+    State(server): State<Arc<Server>>,
+    Extension(log): Extension<RequestLog>,
+    peer: Option<Extension<Peer>>,
+    request: Request<Body>,
+) -> ApiResult<Response> {
+    let deadline = tokio::time::Instant::now() + server.settings.timeout;
+    let peer = peer.map(|Extension(peer)| peer);
+    let work = answer(&server, &log, peer, request, deadline);
+    within(&server, deadline, work).await
+}
+
+async fn answer(
+    server: &Arc<Server>,
+    log: &RequestLog,
+    peer: Option<Peer>,
+    request: Request<Body>,
+    deadline: tokio::time::Instant,
+) -> ApiResult<Response> {
+    let headers = request.headers().clone();
+    let held = body::read(server, request, server.settings.max_body).await?;
+    let bytes = held.bytes;
+    let own = Arc::clone(server);
+    let parsed = aside(move || parse(&own, &bytes)).await??;
+    let place = Place::take(server)?;
+    let constraints = constraints(server, &parsed.wanted).await?;
+    let prepared = prepare(server, parsed.conversation, parsed.media).await?;
+    // Data URIs have been decoded by now.
+    drop(held.room);
+    {
+        let mut entry = log.entry();
+        entry.media_s = prepared.media_s;
+        entry.pictures = prepared.pictures;
+    }
+    let media_s = prepared.media_s;
+    let asked = Asked {
+        options: parsed.wanted.options.clone(),
+        constraints,
+        client: client(server, peer, &headers, parsed.user.as_deref()),
+        progress: parsed.wanted.stream && parsed.wanted.progress,
+    };
+    let job = Job::start(server, prepared, place, asked).await?;
+    let answer = Answer {
+        server: Arc::clone(server),
+        log: log.clone(),
+        id: server.ids.next("chatcmpl-"),
+        created: now(),
+        wanted: parsed.wanted,
+        media_s,
+        submitted: Instant::now(),
+        job,
+    };
+    if answer.wanted.stream {
+        log.entry().stream = true;
+        return Ok(events::respond(answer, deadline));
+    }
+    Ok(axum_json(&answer.whole().await?))
+}
+
+fn parse(server: &Server, bytes: &[u8]) -> ApiResult<Parsed> {
+    let value = fields::parse(bytes)?;
+    let body = Fields::new(&value, "")?;
+    server.check_name(body.text("model")?)?;
+    let wanted = Wanted::read(&body, &server.settings.answers)?;
+    let user = body.text("user")?.map(str::to_owned);
+    let (conversation, media) = content::messages(&body, &server.settings.media)?;
+    Ok(Parsed {
+        conversation,
+        media,
+        wanted,
+        user,
+    })
+}
+
+/// What keeps the answer in form, where a form is asked for.
+pub async fn constraints(
+    server: &Arc<Server>,
+    wanted: &Wanted,
+) -> ApiResult<Option<Arc<dyn Constraints>>> {
+    if wanted.format == ResponseFormat::Text {
+        return Ok(None);
+    }
+    let (own, format) = (Arc::clone(server), wanted.format.clone());
+    let compiled = aside(move || {
+        match (&own.grammars, &format) {
+        (None, _) => Err(SchemaError::Invalid(
+            "this model's tokenizer cannot be followed, so its answers cannot be held to JSON: leave \
+             response_format out"
+                .into(),
+        )),
+        (Some(grammars), ResponseFormat::JsonSchema { schema, strict }) => {
+            grammars.schema(schema, *strict)
+        }
+        (Some(grammars), _) => grammars.object(),
+    }
+    });
+    match compiled.await? {
+        Ok(constraints) => Ok(Some(constraints)),
+        Err(SchemaError::Busy) => Err(ApiError::busy(SchemaError::Busy.to_string())),
+        Err(SchemaError::Invalid(message)) => {
+            let param = match wanted.format {
+                ResponseFormat::JsonSchema { .. } => "response_format.json_schema.schema",
+                _ => "response_format",
+            };
+            Err(ApiError::invalid(param, message))
+        }
+    }
+}
+
+/// Whose question it is, for taking turns: an address; where keys keep strangers out, the user it names.
+pub fn client(server: &Server, peer: Option<Peer>, headers: &HeaderMap, user: Option<&str>) -> u64 {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let mut hasher = DefaultHasher::new();
+    peer.map(|peer| peer.0).hash(&mut hasher);
+    if server.settings.api_key.is_some() {
+        user.hash(&mut hasher);
+        headers.get("x-forwarded-for").hash(&mut hasher);
+    }
+    hasher.finish()
+}
+
+/// Seconds since 1970.
+pub fn now() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |d| d.as_secs())
+}
+
+/// A JSON answer.
+pub fn axum_json(value: &Value) -> Response {
+    let json = [("content-type", "application/json")];
+    (json, value.to_string()).into_response()
+}
+
+/// A question that is being answered.
+pub struct Answer {
+    /// The server.
+    pub server: Arc<Server>,
+    /// What is known of the request.
+    pub log: RequestLog,
+    /// As the client sees it.
+    pub id: String,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// What the client asked for.
+    pub wanted: Wanted,
+    /// Seconds for media.
+    pub media_s: f64,
+    /// When the engine got it.
+    pub submitted: Instant,
+    /// The engine's side.
+    pub job: Job,
+}
+
+impl Answer {
+    /// Waits for the whole answer.
+    async fn whole(mut self) -> ApiResult<Value> {
+        let generation = wait(&mut self.job, &self.log, self.submitted).await?;
+        let mut choices = Vec::new();
+        for index in 0..self.wanted.n {
+            let Choice {
+                text,
+                reason,
+                logprobs,
+            } = self.choice(&generation, index)?;
+            choices.push(json!({
+                "index": index,
+                "message": {"role": "assistant", "content": text, "refusal": null},
+                "logprobs": logprobs::field(logprobs),
+                "finish_reason": reason,
+            }));
+        }
+        Ok(json!({
+            "id": self.id,
+            "object": "chat.completion",
+            "created": self.created,
+            "model": self.server.name(),
+            "choices": choices,
+            "usage": usage(&generation, self.wanted.n),
+            "lnv": {"timings": timings(&generation, self.media_s)},
+        }))
+    }
+
+    fn choice(&self, generation: &Generation, index: usize) -> ApiResult<Choice> {
+        let index = index % generation.completions.len().max(1);
+        let Some(completion) = generation.completions.get(index) else {
+            return Err(ApiError::internal("the engine gave no answer"));
+        };
+        let text = text(&self.server, &completion.ids, &self.wanted.options.stop);
+        let teller = Teller::new(&self.server.pipeline.processor.tokenizer);
+        let eos = &self.server.settings.eos;
+        let shown = completion
+            .logprobs
+            .iter()
+            .filter(|token| !eos.contains(&token.id));
+        let told = || shown.map(|token| teller.tell(token)).collect();
+        Ok(Choice {
+            text,
+            reason: reason(completion.finish_reason)?,
+            logprobs: self.wanted.options.logprobs.map(|_| told()),
+        })
+    }
+}
+
+/// One of the answers.
+struct Choice {
+    text: String,
+    reason: &'static str,
+    logprobs: Option<Vec<Value>>,
+}
+
+/// Waits for an answer and notes how it came.
+pub async fn wait(job: &mut Job, log: &RequestLog, submitted: Instant) -> ApiResult<Generation> {
+    let mut started = false;
+    loop {
+        let update = job.next().await;
+        if !started {
+            log.entry().queue_s = submitted.elapsed().as_secs_f64();
+            started = true;
+        }
+        match update {
+            Some(Update::Progress(Event::Token { .. })) => log.token(),
+            Some(Update::Progress(_)) => {}
+            Some(Update::Done(result)) => {
+                let generation = (*result)?;
+                log.generation(&generation);
+                return Ok(generation);
+            }
+            None => return Err(ApiError::internal("the engine gave no answer")),
+        }
+    }
+}
+
+/// The text of ids, as a stream of them would show it.
+pub fn text(server: &Server, ids: &[u32], stop: &[String]) -> String {
+    let tokenizer = &server.pipeline.processor.tokenizer;
+    let mut answer = AnswerText::new(tokenizer, stop.to_vec());
+    let shown = ids.iter().filter(|id| !server.settings.eos.contains(id));
+    let mut text: String = shown.map(|id| answer.push(*id)).collect();
+    text += &answer.finish();
+    text
+}
+
+/// OpenAI's word for how an answer ended.
+pub fn reason(reason: FinishReason) -> ApiResult<&'static str> {
+    match reason {
+        FinishReason::Stop => Ok("stop"),
+        FinishReason::Length => Ok("length"),
+        FinishReason::Cancelled => Err(ApiError::draining()),
+    }
+}
+
+/// Tokens of a request with `n` answers.
+pub fn usage(generation: &Generation, n: usize) -> Value {
+    let lengths = generation.completions.iter().map(|c| c.ids.len());
+    let made = generation.completions.len().max(1);
+    let new = lengths.sum::<usize>() * (n / made).max(1);
+    let prompt: usize = generation.prompt_tokens.iter().sum();
+    json!({
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "prompt_tokens_details": {"cached_tokens": generation.cached_tokens},
+    })
+}
+
+/// Seconds by stage.
+pub fn timings(generation: &Generation, media_s: f64) -> Value {
+    let t = &generation.timings;
+    json!({
+        "media_s": media_s,
+        "vision_s": t.vision_s,
+        "prefill_s": t.prefill_s,
+        "decode_s": t.decode_s,
+        "decode_steps": t.decode_steps,
+    })
+}

@@ -323,7 +323,11 @@ def violations(visit):
 
 def an_answer_is_stopped(browser, server):
     with Visit(browser, server) as visit:
+        expect(visit.page.locator("#model")).not_to_be_empty()
         for how in ("click", "key"):
+            # The model is small: asked for a second story, it may well write a short one.
+            if visit.page.locator("#new-chat").is_enabled():
+                visit.page.click("#new-chat")
             visit.type(LONG)
             text = visit.page.locator(".turn").last.locator(".text")
             expect(text).to_have_text(re.compile(".{80}", re.DOTALL))
@@ -342,7 +346,7 @@ def an_answer_is_stopped(browser, server):
         visit.type(LONG)
         visit.page.keyboard.press("Escape")
         expect(visit.page.locator("#send")).to_be_visible()
-        if visit.page.locator(".turn").count() == 2:
+        if visit.page.locator(".turn").count() == 1:
             assert visit.page.locator("#question").input_value() == LONG
         # And the chat goes on.
         visit.page.locator("#question").fill("")

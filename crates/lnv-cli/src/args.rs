@@ -308,7 +308,7 @@ pub struct ServeArgs {
     /// Name that the model goes by; may be given several times, the first one is shown.
     #[arg(long, value_name = "NAME")]
     pub served_model_name: Vec<String>,
-    /// Let pages of this origin ask too, such as https://example.org; * for all.
+    /// Let pages of this origin ask too, such as `https://example.org`; `*` for all.
     #[arg(long, value_name = "ORIGIN")]
     pub allow_origin: Vec<String>,
     /// One line a request on stderr, as text or as JSON.

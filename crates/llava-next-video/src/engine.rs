@@ -9,6 +9,8 @@ mod beam;
 pub mod block_manager;
 mod constraint;
 mod context;
+mod feature_file;
+mod feature_store;
 mod features;
 mod job;
 pub mod logits;
@@ -27,6 +29,7 @@ mod strategy;
 pub use constraint::{Constraint, Constraints};
 pub(crate) use context::check_context;
 pub use context::context_length;
+pub use feature_store::{FeatureStore, StoreStats};
 pub use job::Prepared;
 pub use request::{
     Completion, DEFAULT_NEW_TOKENS, EarlyStopping, Event, FinishReason, Generation,

@@ -7,6 +7,7 @@
 pub mod batch;
 mod bitsandbytes;
 mod export;
+mod fingerprint;
 pub mod formats;
 pub mod forward;
 pub mod language_model;

@@ -9,9 +9,11 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use llava_next_video::Result;
-use llava_next_video::config::{CheckpointFiles, Dtype, GenerationConfig, LlavaNextVideoConfig};
+use llava_next_video::config::{
+    CheckpointFiles, Dtype, GenerationConfig, LlavaNextVideoConfig, Quantization,
+};
 use llava_next_video::engine::{
-    Constraint, Constraints, Engine, EngineLimits, Event, FinishReason, Generation,
+    Constraint, Constraints, Engine, EngineLimits, Event, FeatureStore, FinishReason, Generation,
     GenerationOptions, Refused, Request, RequestEvent, Sampling, Service, ServiceLimits,
 };
 use llava_next_video::model::{LlavaNextVideoModel, LoadOptions};
@@ -29,6 +31,21 @@ const CASES: [&str; 8] = [
     "batch-videos",
 ];
 
+/// The tiny checkpoint's weights.
+fn load(dtype: Dtype, quantization: Option<Quantization>) -> LlavaNextVideoModel {
+    let options = LoadOptions {
+        dtype: Some(dtype),
+        quantization,
+        ..LoadOptions::default()
+    };
+    let files = CheckpointFiles::open(&checkpoint()).unwrap();
+    LlavaNextVideoModel::load(&files, &options).unwrap()
+}
+
+fn checkpoint() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/golden/llama-default")
+}
+
 struct Fixture {
     model: Arc<LlavaNextVideoModel>,
     processor: LlavaNextVideoProcessor,
@@ -37,18 +54,13 @@ struct Fixture {
 
 impl Fixture {
     fn new() -> Self {
-        let directory =
-            Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/golden/llama-default");
+        let directory = checkpoint();
         let files = CheckpointFiles::open(&directory).unwrap();
         let config = LlavaNextVideoConfig::read(&files).unwrap();
         let processor =
             LlavaNextVideoProcessor::from_files(&files, &ModelFacts::from(&config)).unwrap();
-        let options = LoadOptions {
-            dtype: Some(Dtype::F32),
-            ..LoadOptions::default()
-        };
         Self {
-            model: Arc::new(LlavaNextVideoModel::load(&files, &options).unwrap()),
+            model: Arc::new(load(Dtype::F32, None)),
             processor,
             directory,
         }
@@ -462,4 +474,122 @@ fn constraints_and_log_probabilities_belong_to_their_request() {
     }
     wait_until_idle(&service);
     assert_eq!(service.stats().blocks_in_use, 0);
+}
+
+fn store(fixture: &Fixture, directory: &Path) -> Arc<FeatureStore> {
+    Arc::new(FeatureStore::open(directory, 1 << 30, &fixture.model).unwrap())
+}
+
+/// Answers of all cases at once by a new engine that keeps features in `directory`; how many pictures
+/// it has read from there and how many it has encoded.
+fn with_store(
+    fixture: &Fixture,
+    directory: &Path,
+    limits: EngineLimits,
+) -> (Vec<Generation>, (usize, usize)) {
+    let mut engine = fixture.engine(limits);
+    engine.set_feature_store(store(fixture, directory));
+    let service = Service::start(engine, Arc::new(()), ServiceLimits::default());
+    let inputs = fixture.inputs();
+    let asked: Vec<Answer> = (inputs.iter())
+        .map(|inputs| ask(&service, inputs, &options(16), (0, None)))
+        .collect();
+    let answers = asked.iter().map(answer).collect();
+    wait_until_idle(&service);
+    let stats = service.stats();
+    (answers, (stats.features_read, stats.features_encoded))
+}
+
+fn files_of(directory: &Path) -> Vec<PathBuf> {
+    let mut files: Vec<PathBuf> = (std::fs::read_dir(directory).unwrap())
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn another_engine_finds_pictures_on_disk_and_answers_the_same() {
+    let fixture = Fixture::new();
+    let alone: Vec<Generation> = (fixture.inputs().iter())
+        .map(|inputs| fixture.alone(inputs, &options(16)))
+        .collect();
+    let same = |answers: &[Generation], what: &str| {
+        for (case, (answer, alone)) in answers.iter().zip(&alone).enumerate() {
+            assert_eq!(answer.completions, alone.completions, "{what}, case {case}");
+        }
+    };
+    let kept = tempfile::tempdir().unwrap();
+    let directory = kept.path();
+    // An engine that ends has written all.
+    let mut first = fixture.engine(EngineLimits::default());
+    first.set_feature_store(store(&fixture, directory));
+    let mut answers = Vec::new();
+    for inputs in fixture.inputs() {
+        let on_event = &mut |_| ControlFlow::Continue(());
+        answers.push(
+            first
+                .generate(&inputs, &options(16), &(), on_event)
+                .unwrap(),
+        );
+    }
+    drop(first);
+    same(&answers, "writing");
+    let files = files_of(directory);
+    assert!(files.len() > 8, "videos and images");
+
+    let roomy = EngineLimits::default();
+    let (answers, counts) = with_store(&fixture, directory, roomy);
+    same(&answers, "reading");
+    assert_eq!(counts, (files.len(), 0), "read and encoded");
+
+    // What nobody holds is not kept in memory, and much is put back and read again.
+    let cramped = EngineLimits {
+        cache_blocks: Some(40),
+        batch: 6,
+        prefill_chunk: 17,
+        feature_bytes: 0,
+        ..roomy
+    };
+    let (answers, (read, encoded)) = with_store(&fixture, directory, cramped);
+    same(&answers, "reading in little room");
+    assert!(read >= files.len() && encoded == 0, "{read}, {encoded}");
+
+    // One is cut, one is damaged, one is gone, one is another's.
+    let bytes = std::fs::read(&files[0]).unwrap();
+    std::fs::write(&files[0], &bytes[..bytes.len() / 2]).unwrap();
+    let mut bytes = std::fs::read(&files[1]).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&files[1], bytes).unwrap();
+    std::fs::remove_file(&files[2]).unwrap();
+    std::fs::copy(&files[4], &files[3]).unwrap();
+    let (answers, counts) = with_store(&fixture, directory, roomy);
+    same(&answers, "mending");
+    assert_eq!(counts, (files.len() - 4, 4), "read and encoded");
+
+    let nowhere = directory.join("nowhere");
+    let mut engine = fixture.engine(EngineLimits::default());
+    engine.set_feature_store(store(&fixture, &nowhere));
+    std::fs::remove_dir(&nowhere).unwrap();
+    let inputs = &fixture.inputs()[0];
+    let on_event = &mut |_| ControlFlow::Continue(());
+    let answer = engine.generate(inputs, &options(16), &(), on_event);
+    same(&[answer.unwrap()], "without a directory");
+}
+
+#[test]
+fn features_belong_to_weights_and_to_how_they_are_kept() {
+    let name = |dtype, quantization| load(dtype, quantization).vision_fingerprint();
+    let names = [
+        name(Dtype::F32, None),
+        name(Dtype::Bf16, None),
+        name(Dtype::F16, None),
+        name(Dtype::Bf16, Some(Quantization::Q8)),
+    ];
+    for (i, one) in names.iter().enumerate() {
+        assert!(!names[..i].contains(one), "{i}");
+    }
+    assert_eq!(name(Dtype::F32, None), names[0], "loaded again");
+    let four_bits = name(Dtype::Bf16, Some(Quantization::Q4));
+    assert_eq!(four_bits, names[3], "it keeps what sees in 8 bits too");
 }

@@ -381,6 +381,18 @@ pub struct ServeLimitArgs {
     /// Memory for features of pictures that are kept, in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 256)]
     pub feature_cache_mib: usize,
+    /// Directory for features of pictures too: the next start finds them there, and so do other servers
+    /// that share it [default: none].
+    #[arg(long, value_name = "DIR")]
+    pub feature_cache: Option<PathBuf>,
+    /// Disk for them in MiB; what was not asked about for longest goes first.
+    #[arg(
+        long,
+        value_name = "MIB",
+        default_value_t = 8192,
+        requires = "feature_cache"
+    )]
+    pub feature_cache_disk_mib: usize,
     /// Seconds that a request may take in all.
     #[arg(long, value_name = "S", default_value_t = 600)]
     pub request_timeout: u64,

@@ -42,7 +42,9 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use llava_next_video::config::RopeOverride;
-use llava_next_video::engine::{Engine, EngineLimits, Service, ServiceLimits, context_length};
+use llava_next_video::engine::{
+    Engine, EngineLimits, FeatureStore, Service, ServiceLimits, context_length,
+};
 use llava_next_video::error::io_reason;
 use llava_next_video::model::LlavaNextVideoModel;
 use lnv_kernels::KV_BLOCK;
@@ -96,6 +98,9 @@ const MAX_AUTO_CONTEXT: usize = 32 << 10;
 /// Frames that `--rope-scaling auto` reckons with at least.
 const ROPE_FRAMES: usize = 32;
 
+/// How long the disk may take for features that were encoded last, when the server ends.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// Runs the command.
 pub fn run(args: &ServeArgs) -> Result<()> {
     check(args)?;
@@ -114,7 +119,11 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         _ => 0,
     };
     let loaded = options.load(pipeline.config.clone(), &pipeline.files, frames)?;
-    let engine = engine(args, loaded.model, &pipeline);
+    let mut engine = engine(args, loaded.model, &pipeline);
+    let features = features(args, &engine)?;
+    if let Some(features) = &features {
+        engine.set_feature_store(Arc::clone(features));
+    }
     let text = &engine.model().config().text_config;
     settings.context = context_length(text);
     settings.eos = match pipeline.generation.eos_token_ids.is_empty() {
@@ -151,6 +160,9 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     let result = runtime.block_on(listen(server, listener, args));
     // What still blocks is reading some file; nobody waits for it.
     runtime.shutdown_timeout(Duration::from_millis(100));
+    if let Some(features) = features {
+        features.flush(FLUSH_TIMEOUT);
+    }
     result
 }
 
@@ -164,6 +176,7 @@ fn check(args: &ServeArgs) -> Result<()> {
         ("--max-body-mib", limits.max_body_mib),
         ("--body-memory-mib", limits.body_memory_mib),
         ("--pixel-memory-mib", limits.pixel_memory_mib),
+        ("--feature-cache-disk-mib", limits.feature_cache_disk_mib),
         ("--default-frames", args.media.default_frames),
         ("--max-frames", args.media.max_frames),
         ("--max-media", args.media.max_media),
@@ -209,6 +222,19 @@ fn engine(args: &ServeArgs, model: LlavaNextVideoModel, pipeline: &Pipeline) -> 
         ..usual
     };
     Engine::with_limits(Arc::new(model), pipeline.generation.clone(), limits)
+}
+
+/// The directory of features, if there is to be one.
+fn features(args: &ServeArgs, engine: &Engine) -> Result<Option<Arc<FeatureStore>>> {
+    let Some(directory) = &args.limits.feature_cache else {
+        return Ok(None);
+    };
+    let budget = (args.limits.feature_cache_disk_mib as u64) << 20;
+    let store = FeatureStore::open(directory, budget, engine.model());
+    let store = store.map_err(|cause| {
+        anyhow::anyhow!("{cause}: give another --feature-cache, or none to do without")
+    })?;
+    Ok(Some(Arc::new(store)))
 }
 
 /// What holds answers to JSON. A tokenizer that it cannot follow is said and does no other harm.

@@ -39,6 +39,8 @@ pub(crate) struct Unit {
     pub source: Source,
     /// Once they are known and until they have been read.
     pub features: Option<Arc<Buffer>>,
+    /// Whether they were looked for on disk in vain.
+    pub not_on_disk: bool,
 }
 
 /// Where a unit's pixels are.
@@ -118,6 +120,7 @@ fn units(placed: &Placed, inputs: &ModelInputs) -> Vec<Unit> {
             digest,
             source,
             features: None,
+            not_on_disk: false,
         });
     };
     let mut places = placed.images.as_slice();

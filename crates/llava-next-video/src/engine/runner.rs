@@ -15,6 +15,7 @@ use std::time::Instant;
 use lnv_kernels::KvCache;
 
 use super::block_manager::BlockManager;
+use super::feature_store::FeatureStore;
 use super::features::FeatureCache;
 use super::job::{Job, Prepared, Stage};
 use super::pace::Pace;
@@ -69,6 +70,7 @@ pub struct Engine {
     pub(super) cache: KvCache,
     pub(super) blocks: BlockManager,
     features: FeatureCache,
+    store: Option<Arc<FeatureStore>>,
     /// By arrival; those that were put back come first.
     pub(super) waiting: Vec<Job>,
     /// By when they began to run.
@@ -99,6 +101,7 @@ impl Engine {
             cache: model.language_model().new_cache(first),
             blocks,
             features: FeatureCache::new(limits.feature_bytes),
+            store: None,
             waiting: Vec::new(),
             running: Vec::new(),
             sight: None,
@@ -130,6 +133,11 @@ impl Engine {
     /// Sets how many prompt tokens go through the decoder together; at least 1. Default 2048.
     pub fn set_prefill_chunk(&mut self, tokens: usize) {
         self.limits.prefill_chunk = tokens.max(1);
+    }
+
+    /// Keeps features of pictures on disk too; the store must have been opened for this model.
+    pub fn set_feature_store(&mut self, store: Arc<FeatureStore>) {
+        self.store = Some(store);
     }
 
     /// Bytes of the cache.
@@ -207,6 +215,7 @@ impl Engine {
                 .map(|job| job.sequences.len())
                 .sum(),
             features_bytes: self.features.bytes(),
+            features_on_disk: (self.store.as_ref()).map_or_else(Default::default, |s| s.stats()),
             blocks_in_use: self.blocks_in_use(),
             blocks_kept: self.blocks.kept(),
             blocks: self.limits.cache_blocks.unwrap_or(self.blocks.capacity()),
@@ -253,6 +262,9 @@ impl Engine {
         let allowed = self.pace.vision(self.reads_prompts());
         loop {
             self.stats.features_found += self.recognise(sink);
+            if !self.remember(decodes.then(|| start + allowed), sink) {
+                break;
+            }
             if self.sight.is_none() {
                 let prefills = |job: &&Job| job.stage == Stage::Prefill;
                 self.sight = (self.running.iter().filter(prefills))
@@ -274,10 +286,14 @@ impl Engine {
                 Some(Ok(Seen::Features(features))) => {
                     self.stats.features_encoded += features.len();
                     // Held until they have been given to those who wait for them.
-                    let held: Vec<_> = features
-                        .into_iter()
-                        .map(|(digest, features)| self.features.insert(digest, features))
-                        .collect();
+                    let keep = |(digest, features)| {
+                        let features = self.features.insert(digest, features);
+                        if let Some(store) = &self.store {
+                            store.put(&digest, &features);
+                        }
+                        features
+                    };
+                    let held: Vec<_> = features.into_iter().map(keep).collect();
                     self.recognise(sink);
                     drop(held);
                 }
@@ -291,6 +307,44 @@ impl Engine {
                 break;
             }
         }
+    }
+
+    /// Reads from disk what is there of the pictures that wait to be seen, whoever asks. False where more
+    /// may be there and the time is up; at least one is read.
+    fn remember(&mut self, until: Option<Instant>, sink: Sink<'_>) -> bool {
+        let Some(store) = &self.store else {
+            return true;
+        };
+        let columns = self.model.config().text_config.hidden_size;
+        let up = || until.is_some_and(|until| Instant::now() >= until);
+        // Held until they have been given to those who wait for them.
+        let mut held = Vec::new();
+        let mut all = true;
+        let prefills = |job: &&mut Job| job.stage == Stage::Prefill;
+        'jobs: for job in self.running.iter_mut().filter(prefills) {
+            let begun = Instant::now();
+            let unseen: Vec<usize> = job.unseen().collect();
+            for unit in unseen {
+                let unit = &mut job.units[unit];
+                if unit.not_on_disk || self.features.get(&unit.digest).is_some() {
+                    continue;
+                }
+                if !held.is_empty() && up() {
+                    all = false;
+                    break 'jobs;
+                }
+                match store.get(&unit.digest, (unit.positions.len(), columns)) {
+                    Some(found) => held.push(self.features.insert(unit.digest, found)),
+                    None => unit.not_on_disk = true,
+                }
+            }
+            job.timings.vision_s += begun.elapsed().as_secs_f64();
+        }
+        self.stats.features_read += held.len();
+        if !held.is_empty() {
+            self.recognise(sink);
+        }
+        all
     }
 
     /// Whether a prompt could go on without seeing more.
@@ -313,6 +367,7 @@ impl Engine {
                     continue;
                 };
                 job.units[unit].features = Some(features);
+                job.units[unit].not_on_disk = false;
                 job.seen.0 += job.pictures(&job.units[unit]);
                 let (done, total) = job.seen;
                 let event = RequestEvent::Progress(Event::Vision { done, total });

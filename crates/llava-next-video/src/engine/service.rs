@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak, mpsc};
 
 use super::constraint::Constraints;
+use super::feature_store::StoreStats;
 use super::job::Prepared;
 use super::request::{Event, Generation, GenerationOptions};
 use super::runner::Engine;
@@ -101,8 +102,12 @@ pub struct ServiceStats {
     pub features_found: usize,
     /// See `features_found`.
     pub features_encoded: usize,
+    /// Pictures whose features were read from disk instead.
+    pub features_read: usize,
     /// Bytes of features that are kept now.
     pub features_bytes: usize,
+    /// What was written to disk, and is there.
+    pub features_on_disk: StoreStats,
     /// Cache blocks that sequences hold now.
     pub blocks_in_use: usize,
     /// Cache blocks without an owner that a prefix may find again.

@@ -5,6 +5,7 @@
 
 use lnv_kernels::{Buffer, Epilogue, Ops, Vector, Weight};
 
+use super::fingerprint::Fingerprint;
 use super::loader::Loader;
 use crate::error::Result;
 
@@ -62,6 +63,13 @@ impl Linear {
         self.weight.bytes()
     }
 
+    /// Adds its weights.
+    pub(super) fn fingerprint(&self, to: &mut Fingerprint) {
+        let Self { weight, bias } = self;
+        to.weight(weight);
+        to.vector(bias.as_ref());
+    }
+
     /// `x [rows, k]` to `out [rows, n]`.
     pub fn forward(&self, ops: &Ops, x: &Buffer, then: Epilogue, out: &mut Buffer) {
         ops.linear(x, &self.weight, self.bias.as_ref(), then, out);
@@ -83,6 +91,14 @@ impl LayerNorm {
             bias: loader.vector(&format!("{name}.bias"), n)?,
             eps: eps as f32,
         })
+    }
+
+    /// Adds its weights.
+    pub(super) fn fingerprint(&self, to: &mut Fingerprint) {
+        let Self { weight, bias, eps } = self;
+        to.vector(Some(weight));
+        to.vector(Some(bias));
+        to.values(&[*eps]);
     }
 
     /// Normalises each row of `x` into `out`.

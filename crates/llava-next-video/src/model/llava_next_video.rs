@@ -6,6 +6,7 @@ use std::cell::{Cell, RefCell};
 use lnv_kernels::{Buffer, Device, KvCache, KvDtype, Ops, Vector};
 
 use super::batch::{Batch, DecoderOutput, Keep, Taps};
+use super::fingerprint::Fingerprint;
 use super::formats::Formats;
 use super::language_model::{LanguageModel, OnLayer, default_kv_dtype};
 use super::loader::{Loader, Loading, PlannedWeight, Sink};
@@ -228,6 +229,25 @@ impl LlavaNextVideoModel {
     /// The decoder.
     pub fn language_model(&self) -> &LanguageModel {
         &self.weights.language_model
+    }
+
+    /// The name of everything that a picture's features depend on besides the picture. Reads all
+    /// weights that pictures go through.
+    pub fn vision_fingerprint(&self) -> [u8; 32] {
+        let mut to = Fingerprint::new();
+        to.setting(&self.ops.isa());
+        let Weights {
+            vision_tower,
+            vision_resampler,
+            multi_modal_projector,
+            image_newline,
+            language_model: _,
+        } = &self.weights;
+        vision_tower.fingerprint(&mut to);
+        vision_resampler.fingerprint(&mut to);
+        multi_modal_projector.fingerprint(&mut to);
+        to.vector(Some(image_newline));
+        to.finish()
     }
 
     /// Bytes of weights in memory.

@@ -6,6 +6,7 @@
 
 use lnv_kernels::{Activation, Buffer, Epilogue, Ops, PoolMode};
 
+use super::fingerprint::Fingerprint;
 use super::layers::Linear;
 use super::loader::Loader;
 use crate::config::{LlavaNextVideoConfig, SpatialPoolMode};
@@ -36,6 +37,18 @@ impl MultiModalProjector {
     /// Bytes kept in memory.
     pub fn bytes(&self) -> usize {
         self.linear_1.bytes() + self.linear_2.bytes()
+    }
+
+    /// Adds its weights and settings.
+    pub(super) fn fingerprint(&self, to: &mut Fingerprint) {
+        let Self {
+            linear_1,
+            act,
+            linear_2,
+        } = self;
+        linear_1.fingerprint(to);
+        to.setting(act);
+        linear_2.fingerprint(to);
     }
 
     /// `[rows, Dv * layers]` to `[rows, D]`.
@@ -78,6 +91,16 @@ impl Pooler {
             stride: config.spatial_pool_stride,
             kind,
         })
+    }
+
+    /// Adds its weights and settings.
+    pub(super) fn fingerprint(&self, to: &mut Fingerprint) {
+        let Self { side, stride, kind } = self;
+        to.setting(&(side, stride));
+        match kind {
+            PoolKind::Plain(mode) => to.setting(mode),
+            PoolKind::Conv(conv) => conv.fingerprint(to),
+        }
     }
 
     /// Tokens of a pooled frame.

@@ -6,6 +6,7 @@
 
 use lnv_kernels::{Buffer, Epilogue, Heads, Ops, PatchGeometry, Precision, Vector};
 
+use super::fingerprint::Fingerprint;
 use super::layers::{LayerNorm, Linear};
 use super::loader::Loader;
 use crate::config::{LlavaNextVideoConfig, SelectStrategy, VisionConfig};
@@ -113,6 +114,30 @@ impl VisionTower {
     /// Bytes kept in memory.
     pub fn bytes(&self) -> usize {
         self.patch_embedding.bytes() + self.layers.iter().map(EncoderLayer::bytes).sum::<usize>()
+    }
+
+    /// Adds its weights and settings.
+    pub(super) fn fingerprint(&self, to: &mut Fingerprint) {
+        let Self {
+            config,
+            precision,
+            taken,
+            strategy,
+            patch_embedding,
+            class_embedding,
+            position_embedding,
+            pre_layrnorm,
+            layers,
+        } = self;
+        to.setting(&(config, precision, taken, strategy, layers.len()));
+        patch_embedding.fingerprint(to);
+        to.vector(class_embedding.as_ref());
+        to.values(position_embedding);
+        to.setting(&pre_layrnorm.is_some());
+        if let Some(norm) = pre_layrnorm {
+            norm.fingerprint(to);
+        }
+        layers.iter().for_each(|layer| layer.fingerprint(to));
     }
 
     /// Layers that are run, and the arithmetic of one picture in floating-point operations.
@@ -334,6 +359,23 @@ impl EncoderLayer {
             .iter()
             .map(|l| l.bytes())
             .sum()
+    }
+
+    fn fingerprint(&self, to: &mut Fingerprint) {
+        let Self {
+            layer_norm1,
+            qkv_proj,
+            out_proj,
+            layer_norm2,
+            fc1,
+            fc2,
+        } = self;
+        layer_norm1.fingerprint(to);
+        qkv_proj.fingerprint(to);
+        out_proj.fingerprint(to);
+        layer_norm2.fingerprint(to);
+        fc1.fingerprint(to);
+        fc2.fingerprint(to);
     }
 
     fn forward(

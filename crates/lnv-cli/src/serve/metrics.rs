@@ -53,7 +53,7 @@ pub struct Metrics {
 type Told = fn(&Server, &ServiceStats) -> f64;
 
 /// What the engine, the system and the gates say.
-const TOLD: [(&str, &str, Told); 24] = [
+const TOLD: [(&str, &str, Told); 28] = [
     (
         "lnv_requests_waiting",
         "Requests that wait for the engine",
@@ -115,6 +115,26 @@ const TOLD: [(&str, &str, Told); 24] = [
         "lnv_features_bytes",
         "Bytes of features that are kept",
         |_, s| s.features_bytes as f64,
+    ),
+    (
+        "lnv_features_read",
+        "Pictures whose features were read from disk",
+        |_, s| s.features_read as f64,
+    ),
+    (
+        "lnv_features_written",
+        "Pictures whose features were written to disk",
+        |_, s| s.features_on_disk.written as f64,
+    ),
+    (
+        "lnv_features_unwritten",
+        "Pictures whose features the disk did not take",
+        |_, s| s.features_on_disk.unwritten as f64,
+    ),
+    (
+        "lnv_features_disk_bytes",
+        "Bytes of features on disk",
+        |_, s| s.features_on_disk.bytes as f64,
     ),
     (
         "lnv_cache_blocks_in_use",

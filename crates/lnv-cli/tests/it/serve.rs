@@ -620,6 +620,32 @@ fn every_request_has_its_line_and_its_figures() {
 }
 
 #[test]
+fn features_on_disk_are_found_by_the_next_server() {
+    let directory = tempfile::tempdir().unwrap();
+    let words = ["--feature-cache", directory.path().to_str().unwrap()];
+    let ask = |server: &Served| {
+        let questions = [
+            ("left.mp4", "Which way does it move?"),
+            ("circle.png", "Describe the image."),
+        ];
+        questions.map(|(file, question)| content(&server.chat(&about(file, question)), 0))
+    };
+    let first = Served::start(&words);
+    let answers = ask(&first);
+    let encoded = first.metric("lnv_features_encoded");
+    assert!(encoded > 0.0);
+    assert_eq!(first.metric("lnv_features_read"), 0.0);
+    first.signal("TERM");
+    assert_eq!(first.end().0, Some(0));
+    let files = std::fs::read_dir(directory.path()).unwrap().count();
+    assert_eq!(files as f64, encoded);
+    let next = Served::start(&words);
+    assert_eq!(ask(&next), answers);
+    assert_eq!(next.metric("lnv_features_encoded"), 0.0);
+    assert_eq!(next.metric("lnv_features_read"), encoded);
+}
+
+#[test]
 fn the_description_names_every_address_and_no_other() {
     let server = Served::start(&[]);
     let document = server.get("/openapi.json").json();

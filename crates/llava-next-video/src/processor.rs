@@ -118,6 +118,18 @@ pub struct Processed {
     pub assistant_masks: Option<Vec<Vec<bool>>>,
 }
 
+/// Conversations as text.
+struct Prompts {
+    texts: Vec<String>,
+    /// Where the assistant speaks.
+    spans: Vec<Vec<Range<usize>>>,
+    /// As asked for, but fit for these texts.
+    options: ProcessOptions,
+}
+
+/// A text's ids and where in it each of them is.
+type Encoded = (Vec<u32>, Vec<tokenizer::CharRange>);
+
 /// A tokenized row and how many of its ids each original id became.
 struct Row {
     ids: Vec<u32>,
@@ -184,26 +196,72 @@ impl LlavaNextVideoProcessor {
         template: &TemplateOptions,
         options: &ProcessOptions,
     ) -> Result<Processed> {
-        let mut texts = Vec::with_capacity(conversations.len());
-        let mut spans = Vec::with_capacity(conversations.len());
-        for conversation in conversations {
-            let rendered = self.render_with(&conversation.messages, template)?;
-            texts.push(rendered.text);
-            spans.push(rendered.assistant_spans);
-        }
-        let bos = self.tokenizer.special_token("bos_token");
-        let has_bos =
-            |text: &String| bos.is_some_and(|bos| !bos.is_empty() && text.starts_with(bos));
-        let options = ProcessOptions {
-            add_special_tokens: options.add_special_tokens && !texts.first().is_some_and(has_bos),
-            ..options.clone()
-        };
+        let Prompts {
+            texts,
+            spans,
+            options,
+        } = self.rendered(conversations, template, options)?;
         let (inputs, masks) = self.process_spans(&texts, &spans, images, videos, &options)?;
         Ok(Processed {
             inputs,
             rendered: texts,
             assistant_masks: template.return_assistant_spans.then_some(masks),
         })
+    }
+
+    /// The same with media that were scaled before, by [`LlavaNextVideoProcessor::scale_image`] and
+    /// [`LlavaNextVideoProcessor::scale_video`]: whoever has little memory scales one after another and
+    /// keeps none of the decoded ones. Pixels are shared, so the same medium in two places costs nothing.
+    ///
+    /// # Errors
+    /// As [`LlavaNextVideoProcessor::apply_chat_template`].
+    pub fn apply_chat_template_scaled(
+        &self,
+        conversations: &[Conversation],
+        images: Vec<ImageInput>,
+        videos: Vec<VideoInput>,
+        template: &TemplateOptions,
+        options: &ProcessOptions,
+    ) -> Result<Processed> {
+        let Prompts {
+            texts,
+            spans,
+            options,
+        } = self.rendered(conversations, template, options)?;
+        let counts = (images.len(), videos.len());
+        let encoded = self.encode_all(&texts, counts, &options)?;
+        let (inputs, masks) = self.rows(encoded, &spans, images, videos, &options)?;
+        Ok(Processed {
+            inputs,
+            rendered: texts,
+            assistant_masks: template.return_assistant_spans.then_some(masks),
+        })
+    }
+
+    /// One image as the model takes it.
+    ///
+    /// # Errors
+    /// An image that the model cannot take.
+    pub fn scale_image(&self, image: &Image) -> Result<ImageInput> {
+        let image = std::slice::from_ref(image);
+        self.check_sizes(image, &[])?;
+        let mut scaled = self.scale_images(image)?;
+        scaled
+            .pop()
+            .ok_or_else(|| Error::Input("an image became nothing".into()))
+    }
+
+    /// One video as the model takes it.
+    ///
+    /// # Errors
+    /// A video that the model cannot take, or one without frames.
+    pub fn scale_video(&self, video: &Video) -> Result<VideoInput> {
+        let video = std::slice::from_ref(video);
+        self.check_sizes(&[], video)?;
+        let mut scaled = self.video_processor.preprocess(video)?;
+        scaled
+            .pop()
+            .ok_or_else(|| Error::Input("a video became nothing".into()))
     }
 
     /// The text of ids (`decode`).
@@ -262,6 +320,34 @@ impl LlavaNextVideoProcessor {
         (image.layout.feature_tokens() + self.num_additional_image_tokens).saturating_sub(dropped)
     }
 
+    /// The prompts of conversations.
+    fn rendered(
+        &self,
+        conversations: &[Conversation],
+        template: &TemplateOptions,
+        options: &ProcessOptions,
+    ) -> Result<Prompts> {
+        let mut texts = Vec::with_capacity(conversations.len());
+        let mut spans = Vec::with_capacity(conversations.len());
+        for conversation in conversations {
+            let rendered = self.render_with(&conversation.messages, template)?;
+            texts.push(rendered.text);
+            spans.push(rendered.assistant_spans);
+        }
+        let bos = self.tokenizer.special_token("bos_token");
+        let has_bos =
+            |text: &String| bos.is_some_and(|bos| !bos.is_empty() && text.starts_with(bos));
+        let options = ProcessOptions {
+            add_special_tokens: options.add_special_tokens && !texts.first().is_some_and(has_bos),
+            ..options.clone()
+        };
+        Ok(Prompts {
+            texts,
+            spans,
+            options,
+        })
+    }
+
     fn process_spans(
         &self,
         texts: &[String],
@@ -270,6 +356,29 @@ impl LlavaNextVideoProcessor {
         videos: &[Video],
         options: &ProcessOptions,
     ) -> Result<(ModelInputs, Vec<Vec<bool>>)> {
+        let encoded = self.encode_all(texts, (images.len(), videos.len()), options)?;
+        self.check_sizes(images, videos)?;
+        let images = self.scale_images(images)?;
+        let videos = self.video_processor.preprocess(videos)?;
+        self.rows(encoded, spans, images, videos, options)
+    }
+
+    fn scale_images(&self, images: &[Image]) -> Result<Vec<ImageInput>> {
+        let images = self.image_processor.preprocess(images, self.patch_size)?;
+        // Without a crop the size of a tile depends on the image.
+        for image in &images {
+            self.facts.check_pixels("image", image.tiles.size)?;
+        }
+        Ok(images)
+    }
+
+    /// The ids of all texts, whose placeholders are as many as there are media.
+    fn encode_all(
+        &self,
+        texts: &[String],
+        (images, videos): (usize, usize),
+        options: &ProcessOptions,
+    ) -> Result<Vec<Encoded>> {
         if texts.is_empty() {
             return Err(Error::Input(
                 "there is no text to process: give at least one".into(),
@@ -290,21 +399,26 @@ impl LlavaNextVideoProcessor {
             "image",
             &self.image_token,
             count(self.image_token_id),
-            images.len(),
+            images,
         )?;
         check_count(
             "video",
             &self.video_token,
             count(self.video_token_id),
-            videos.len(),
+            videos,
         )?;
-        self.check_sizes(images, videos)?;
-        let images = self.image_processor.preprocess(images, self.patch_size)?;
-        // Without a crop the size of a tile depends on the image.
-        for image in &images {
-            self.facts.check_pixels("image", image.tiles.size)?;
-        }
-        let videos = self.video_processor.preprocess(videos)?;
+        Ok(encoded)
+    }
+
+    /// Rows of one length, with their placeholders expanded, and their media.
+    fn rows(
+        &self,
+        encoded: Vec<Encoded>,
+        spans: &[Vec<Range<usize>>],
+        images: Vec<ImageInput>,
+        videos: Vec<VideoInput>,
+        options: &ProcessOptions,
+    ) -> Result<(ModelInputs, Vec<Vec<bool>>)> {
         let lengths = self.placeholder_lengths(&images, &videos)?;
         let mut lengths = (lengths.0.into_iter(), lengths.1.into_iter());
         let mut rows: Vec<_> = encoded
@@ -345,11 +459,7 @@ impl LlavaNextVideoProcessor {
     }
 
     /// Encodes a text and checks that its placeholders became placeholder ids.
-    fn encode_checked(
-        &self,
-        text: &str,
-        add_special_tokens: bool,
-    ) -> Result<(Vec<u32>, Vec<tokenizer::CharRange>)> {
+    fn encode_checked(&self, text: &str, add_special_tokens: bool) -> Result<Encoded> {
         let (ids, offsets) = self
             .tokenizer
             .encode_with_offsets(text, add_special_tokens)?;

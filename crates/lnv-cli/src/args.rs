@@ -342,7 +342,7 @@ pub struct ServeMediaArgs {
     /// Most pictures and clips of a request.
     #[arg(long, value_name = "N", default_value_t = 32)]
     pub max_media: usize,
-    /// Largest file, in MiB, uploaded or fetched.
+    /// Largest file, in MiB, uploaded or fetched, and all together that one request brings.
     #[arg(long, value_name = "MIB", default_value_t = 512)]
     pub max_media_mib: usize,
     /// Memory for decoded media that are kept, in MiB.
@@ -372,6 +372,9 @@ pub struct ServeLimitArgs {
     /// Memory for bodies that are being read, in MiB, all together.
     #[arg(long, value_name = "MIB", default_value_t = 512)]
     pub body_memory_mib: usize,
+    /// Memory for media that are being decoded, in MiB, all together; less than 768 also bounds the largest picture.
+    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    pub decode_memory_mib: usize,
     /// Memory for pictures that wait for the model, in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 1024)]
     pub pixel_memory_mib: usize,

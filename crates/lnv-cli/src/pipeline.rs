@@ -12,7 +12,7 @@ use llava_next_video::config::{CheckpointFiles, GenerationConfig, LlavaNextVideo
 use llava_next_video::engine::{Event, Generation};
 use llava_next_video::processor::chat_template::TemplateOptions;
 use llava_next_video::processor::conversation::{Content, Conversation, ConversationFile};
-use llava_next_video::processor::inputs::ModelInputs;
+use llava_next_video::processor::inputs::{ImageInput, ModelInputs, VideoInput};
 use llava_next_video::processor::{LlavaNextVideoProcessor, ModelFacts, ProcessOptions};
 
 use crate::checkpoint;
@@ -81,6 +81,30 @@ impl Pipeline {
             conversations,
             &media.images,
             &media.videos,
+            &template,
+            &options,
+        )?;
+        Ok(processed.inputs)
+    }
+}
+
+impl Pipeline {
+    /// One conversation that asks for an answer, and its media, scaled before, to inputs.
+    pub fn inputs_scaled(
+        &self,
+        conversation: Conversation,
+        images: Vec<ImageInput>,
+        videos: Vec<VideoInput>,
+    ) -> llava_next_video::error::Result<ModelInputs> {
+        let template = TemplateOptions {
+            add_generation_prompt: true,
+            ..TemplateOptions::default()
+        };
+        let options = ProcessOptions::default();
+        let processed = self.processor.apply_chat_template_scaled(
+            &[conversation],
+            images,
+            videos,
             &template,
             &options,
         )?;

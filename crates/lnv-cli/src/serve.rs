@@ -177,6 +177,7 @@ fn check(args: &ServeArgs) -> Result<()> {
         ("--body-memory-mib", limits.body_memory_mib),
         ("--pixel-memory-mib", limits.pixel_memory_mib),
         ("--feature-cache-disk-mib", limits.feature_cache_disk_mib),
+        ("--decode-memory-mib", limits.decode_memory_mib),
         ("--default-frames", args.media.default_frames),
         ("--max-frames", args.media.max_frames),
         ("--max-media", args.media.max_media),
@@ -308,6 +309,7 @@ fn policy(args: &ServeArgs) -> MediaPolicy {
         max_bytes: (args.media.max_media_mib as u64) << 20,
         max_frames: args.media.max_frames,
         max_decoded_bytes: MAX_DECODED,
+        decode_bytes: (args.limits.decode_memory_mib as u64) << 20,
         cache_bytes: (args.media.media_cache_mib as u64) << 20,
         upload_bytes: (args.media.upload_cache_mib as u64) << 20,
         ..MediaPolicy::default()

@@ -19,7 +19,7 @@ use super::content::{self, Named};
 use super::error::{ApiError, ApiResult};
 use super::events;
 use super::fields::{self, Fields};
-use super::job::{Asked, Job, Place, Update, aside, prepare};
+use super::job::{Asked, Job, Place, Update, aside, pictures, prepare};
 use super::json_schema::SchemaError;
 use super::log::RequestLog;
 use super::logprobs::{self, Teller};
@@ -63,15 +63,16 @@ async fn answer(
     let parsed = aside(move || parse(&own, &bytes)).await??;
     let place = Place::take(server)?;
     let constraints = constraints(server, &parsed.wanted).await?;
-    let prepared = prepare(server, parsed.conversation, parsed.media).await?;
+    let pictures = pictures(server, parsed.media).await?;
     // Data URIs have been decoded by now.
     drop(held.room);
+    let media_s = pictures.seconds;
     {
         let mut entry = log.entry();
-        entry.media_s = prepared.media_s;
-        entry.pictures = prepared.pictures;
+        entry.media_s = media_s;
+        entry.pictures = pictures.count();
     }
-    let media_s = prepared.media_s;
+    let prepared = prepare(server, parsed.conversation, pictures).await?;
     let asked = Asked {
         options: parsed.wanted.options.clone(),
         constraints,

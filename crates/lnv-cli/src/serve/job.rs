@@ -12,19 +12,15 @@ use std::time::Instant;
 use llava_next_video::engine::{
     Constraints, Event, Generation, GenerationOptions, Request, RequestEvent, RequestId,
 };
-use llava_next_video::media::{Image, Video};
+use llava_next_video::media::FrameSampling;
 use llava_next_video::processor::conversation::{Content, Conversation};
-use llava_next_video::processor::inputs::ModelInputs;
+use llava_next_video::processor::inputs::{ImageInput, ModelInputs, VideoInput};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use super::content::Named;
 use super::error::{ApiError, ApiResult};
-use super::media::{MediaError, MediaErrorKind, Medium};
+use super::media::{Fetched, MediaError, MediaErrorKind, MediaKind, Medium};
 use super::state::Server;
-use crate::media::LoadedMedia;
-
-/// Tiles of a picture, for the reckoning of memory: the overview and a grid.
-const TILES_OF_IMAGE: usize = 10;
 
 /// Runs what computes or waits for files away from the threads that answer; a panic there is one request's.
 pub async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> ApiResult<T> {
@@ -58,73 +54,205 @@ impl Place {
     }
 }
 
+/// A request's media as the model takes them. A copy costs nothing.
+#[derive(Clone, Default)]
+pub struct Pictures {
+    images: Vec<ImageInput>,
+    videos: Vec<VideoInput>,
+    /// Seconds to read and scale them.
+    pub seconds: f64,
+    room: Option<Arc<OwnedSemaphorePermit>>,
+}
+
+impl Pictures {
+    /// Pictures and frames.
+    pub fn count(&self) -> usize {
+        self.images.len() + self.frames()
+    }
+
+    fn frames(&self) -> usize {
+        self.videos.iter().map(|video| video.frames.count).sum()
+    }
+}
+
 /// A prompt that the engine can run.
 pub struct Prepared {
     inputs: ModelInputs,
     /// Its tokens.
     pub prompt_tokens: usize,
-    /// Seconds to read and scale the media.
-    pub media_s: f64,
-    /// Pictures and frames.
-    pub pictures: usize,
-    room: Option<OwnedSemaphorePermit>,
+    room: Option<Arc<OwnedSemaphorePermit>>,
 }
 
-/// Reads media and makes the prompt.
-pub async fn prepare(
-    server: &Arc<Server>,
-    conversation: Conversation,
-    named: Vec<Named>,
-) -> ApiResult<Prepared> {
+/// Reads a request's media, in order.
+///
+/// Files lie on disk until there is room for what the model gets of all of them; then one after another is decoded,
+/// scaled and dropped, so that a request holds one decoded medium at a time, and waits for memory only while it holds
+/// none. What is named twice is read once.
+pub async fn pictures(server: &Arc<Server>, named: Vec<Named>) -> ApiResult<Pictures> {
+    if named.is_empty() {
+        return Ok(Pictures::default());
+    }
     let start = Instant::now();
-    // Decoded media and pixels are large, so few requests hold them on their way; those that fetch have
-    // a line of their own, since another's server may be slow. Those without media wait in neither.
+    // Reading takes memory and processors, so few requests do it at once; those that fetch have a line of
+    // their own, since another's server may be slow.
     let fetched = named.iter().any(|named| is_fetched(&named.source.url));
     let line = match fetched {
         true => &server.gates.fetching,
         false => &server.gates.preparing,
     };
-    let turn = match named.is_empty() {
-        true => None,
-        false => Some(take(line, 1).await?),
-    };
-    let media = load(server, named).await?;
-    let pictures = media.images.len() + media.frames();
+    let turn = take(line, 1).await?;
+    let (files, order) = fetch(server, named).await?;
+    let side = server.pipeline.config.vision_config.image_size;
+    let kib = |tiles: usize| (tiles * side * side * 3 * 4) >> 10;
     let most = server.settings.media.max_frames;
-    if media.frames() > most {
+    let (mut tiles, mut frames) = (0, 0);
+    for (_, file) in &files {
+        match file.kind() {
+            MediaKind::Image => tiles += most_tiles(server),
+            MediaKind::Video => frames += file.frames(most),
+        }
+    }
+    // A request that is larger than the whole budget runs alone.
+    let taken = kib(tiles + frames.min(most)).clamp(1, server.gates.pixels_kib);
+    let mut room = take(&server.gates.pixels, taken).await?;
+    let mut pictures = Pictures::default();
+    let mut scaled: Vec<Scaled> = Vec::new();
+    let mut used = 0;
+    for index in order {
+        if index == scaled.len() {
+            let (param, file) = &files[index];
+            let (own, file) = (Arc::clone(server), Arc::clone(file));
+            let one = aside(move || read(&own, &file)).await?;
+            let one = one.map_err(|error| error.answer(param))?;
+            used += match &one {
+                Scaled::Image(image) => image.tiles.count,
+                Scaled::Video(video) => video.frames.count,
+            };
+            scaled.push(one);
+        }
+        match &scaled[index] {
+            Scaled::Image(image) => pictures.images.push(image.clone()),
+            Scaled::Video(video) => pictures.videos.push(video.clone()),
+        }
+        check_frames(server, pictures.frames())?;
+    }
+    drop(turn);
+    let spare = taken.saturating_sub(kib(used).max(1));
+    drop(room.split(spare));
+    pictures.room = Some(Arc::new(room));
+    pictures.seconds = start.elapsed().as_secs_f64();
+    Ok(pictures)
+}
+
+/// A request's files, each once, and which of them each of its media is.
+type Files = (Vec<(String, Arc<Fetched>)>, Vec<usize>);
+
+async fn fetch(server: &Arc<Server>, named: Vec<Named>) -> ApiResult<Files> {
+    let most = server.settings.max_upload as u64;
+    let (mut files, mut order): Files = (Vec::new(), Vec::new());
+    let (mut bytes, mut frames) = (0, 0);
+    for Named { param, source } in named {
+        if let FrameSampling::NumFrames(n) = source.sampling
+            && source.kind == MediaKind::Video
+        {
+            frames += n;
+            check_frames(server, frames)?;
+        }
+        let store = Arc::clone(&server.media);
+        let file = aside(move || store.fetch(&source)).await?;
+        let file = file.map_err(|error| refusal(error, &param, false))?;
+        let index = match files.iter().position(|(_, known)| known.equals(&file)) {
+            Some(index) => index,
+            None => {
+                bytes += file.bytes;
+                if bytes > most {
+                    let message = format!(
+                        "the pictures and clips of this request have more than {most} bytes together, the \
+                         limit: send fewer or smaller ones, or upload them before"
+                    );
+                    return Err(ApiError::invalid(param, message).code("media_too_large"));
+                }
+                files.push((param, Arc::new(file)));
+                files.len() - 1
+            }
+        };
+        order.push(index);
+    }
+    Ok((files, order))
+}
+
+/// A medium as the model takes it.
+enum Scaled {
+    Image(ImageInput),
+    Video(VideoInput),
+}
+
+/// Why there is none.
+enum Unread {
+    Media(MediaError),
+    Model(llava_next_video::Error),
+}
+
+impl Unread {
+    fn answer(self, param: &str) -> ApiError {
+        match self {
+            Self::Media(error) => refusal(error, param, false),
+            Self::Model(error) => ApiError::from(error),
+        }
+    }
+}
+
+/// Decodes and scales; what was decoded is gone afterwards, but for the cache's copy.
+fn read(server: &Server, file: &Fetched) -> Result<Scaled, Unread> {
+    let loaded = server.media.decode(file).map_err(Unread::Media)?;
+    let processor = &server.pipeline.processor;
+    let scaled = match &loaded.medium {
+        Medium::Image(image) => processor.scale_image(image).map(Scaled::Image),
+        Medium::Video(video) => processor.scale_video(video).map(Scaled::Video),
+    };
+    scaled.map_err(Unread::Model)
+}
+
+/// Tiles that a picture may become: the overview and the largest grid.
+fn most_tiles(server: &Server) -> usize {
+    let processor = &server.pipeline.processor.image_processor;
+    let side = processor.settings.crop_size.height.max(1);
+    let grids = processor.image_grid_pinpoints.iter();
+    let grid = grids.map(|size| size.height.div_ceil(side) * size.width.div_ceil(side));
+    1 + grid.max().unwrap_or(0)
+}
+
+/// Refuses more frames than one request may have, or than the context has room for.
+fn check_frames(server: &Server, frames: usize) -> ApiResult<()> {
+    let most = server.settings.media.max_frames;
+    if frames > most {
         return Err(ApiError::bad(format!(
-            "the clips have {} frames together, more than the {most} that one request may have: set \
-             num_frames lower",
-            media.frames()
+            "the clips have {frames} frames together or more, but one request may have {most}: set \
+             num_frames lower"
         ))
         .code("too_many_frames"));
     }
-    let facts = server.pipeline.processor.facts();
-    let least = media.frames() * facts.tokens_per_frame()?;
-    if least >= server.settings.context {
-        return Err(too_long(server, least));
+    let least = frames * server.pipeline.processor.facts().tokens_per_frame()?;
+    match least >= server.settings.context {
+        true => Err(too_long(server, least)),
+        false => Ok(()),
     }
-    let tiles = media.frames() + media.images.len() * TILES_OF_IMAGE;
-    let room = match tiles {
-        0 => None,
-        tiles => {
-            let side = server.pipeline.config.vision_config.image_size;
-            let kib = (tiles * side * side * 3 * 4) >> 10;
-            // A request that is larger than the whole budget runs alone.
-            let kib = kib.clamp(1, server.gates.pixels_kib);
-            Some(take(&server.gates.pixels, kib).await?)
-        }
-    };
+}
+
+/// Makes a prompt of a conversation and its media.
+pub async fn prepare(
+    server: &Arc<Server>,
+    conversation: Conversation,
+    pictures: Pictures,
+) -> ApiResult<Prepared> {
     let pipeline = Arc::clone(&server.pipeline);
-    let inputs = aside(move || {
-        let inputs = pipeline.inputs(&[conversation], &media, true);
-        inputs.map_err(|error| match error.downcast::<llava_next_video::Error>() {
-            Ok(error) => ApiError::from(error),
-            Err(error) => ApiError::internal(crate::output::sentence(&error)),
-        })
-    })
-    .await??;
-    drop(turn);
+    let Pictures {
+        images,
+        videos,
+        room,
+        ..
+    } = pictures;
+    let inputs = aside(move || pipeline.inputs_scaled(conversation, images, videos)).await??;
     let prompt_tokens = inputs.input_ids.first().map_or(0, Vec::len);
     if prompt_tokens >= server.settings.context {
         return Err(too_long(server, prompt_tokens));
@@ -132,8 +260,6 @@ pub async fn prepare(
     Ok(Prepared {
         inputs,
         prompt_tokens,
-        media_s: start.elapsed().as_secs_f64(),
-        pictures,
         room,
     })
 }
@@ -157,28 +283,6 @@ fn too_long(server: &Server, tokens: usize) -> ApiError {
     ))
     .at("messages")
     .code("context_length_exceeded")
-}
-
-/// The media of a request, in order. The rest is not read when the request is given up meanwhile.
-async fn load(server: &Arc<Server>, named: Vec<Named>) -> ApiResult<LoadedMedia> {
-    let mut media = LoadedMedia::default();
-    for Named { param, source } in named {
-        let store = Arc::clone(&server.media);
-        let loaded = aside(move || store.load(&source)).await?;
-        match loaded.map_err(|error| refusal(error, &param, false))? {
-            Medium::Image(image) => media.images.push(own_image(image)),
-            Medium::Video(video) => media.videos.push(own_video(video)),
-        }
-    }
-    Ok(media)
-}
-
-fn own_image(image: Arc<Image>) -> Image {
-    Arc::unwrap_or_clone(image)
-}
-
-fn own_video(video: Arc<Video>) -> Video {
-    Arc::unwrap_or_clone(video)
 }
 
 /// A medium that was not read, as an answer. `own` where the request is about the medium itself, so that

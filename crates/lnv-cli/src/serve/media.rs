@@ -34,9 +34,10 @@ use blob::{Blob, BlobWriter, Workshop};
 use cache::{Budgeted, Flights};
 use decode::{Content, DecodeKey, Job};
 use fetch::Fetcher;
-use gate::Gate;
+use gate::{Budget, Gate};
 use source::Source;
 
+pub use decode::Loaded;
 pub use describe::{Described, DescribedFrame};
 
 /// What sources are taken and how much of each.
@@ -73,6 +74,8 @@ pub struct MediaPolicy {
     pub max_parallel_fetches: usize,
     /// Sources that are decoded at once.
     pub max_parallel_decodes: usize,
+    /// Bytes of media that are being decoded or were and are in some request's hands, all together.
+    pub decode_bytes: u64,
     /// Bytes of decoded media that are kept, as RGB in memory.
     pub cache_bytes: u64,
     /// Bytes of uploads that are kept, as files.
@@ -98,6 +101,7 @@ impl Default for MediaPolicy {
             wait_timeout: Duration::from_secs(60),
             max_parallel_fetches: 16,
             max_parallel_decodes: 2,
+            decode_bytes: 1 << 30,
             cache_bytes: 512 << 20,
             upload_bytes: 4 << 30,
         }
@@ -224,8 +228,39 @@ pub struct MediaStats {
     pub upload_bytes: u64,
     /// Decodes that run now, those included that nobody waits for any more.
     pub decoding: usize,
+    /// Bytes that decodes may take and decoded media in some request's hands have.
+    pub decode_bytes: u64,
     /// Fetches that run now.
     pub fetching: usize,
+}
+
+/// A source whose bytes are here and whose pictures are not.
+pub struct Fetched {
+    content: Content,
+    key: DecodeKey,
+    source: MediaSource,
+    /// Bytes that only this holds; none of an upload.
+    pub bytes: u64,
+}
+
+impl Fetched {
+    /// Whether its pictures are those of `other`.
+    pub fn equals(&self, other: &Self) -> bool {
+        self.key == other.key
+    }
+
+    /// As what it is shown.
+    pub fn kind(&self) -> MediaKind {
+        self.source.kind
+    }
+
+    /// Frames it may have, `most` where nothing says.
+    pub fn frames(&self, most: usize) -> usize {
+        match self.source.sampling {
+            FrameSampling::Default(n) | FrameSampling::NumFrames(n) => n.min(most),
+            FrameSampling::Fps(_) | FrameSampling::All => most,
+        }
+    }
 }
 
 /// Sources to pictures. Shared by all requests; its methods block.
@@ -234,8 +269,9 @@ pub struct MediaStore {
     workshop: Workshop,
     fetcher: Fetcher,
     decodes: Arc<Gate>,
+    memory: Arc<Budget>,
     fetching: Flights<String, Arc<Blob>>,
-    decoding: Flights<DecodeKey, Medium>,
+    decoding: Flights<DecodeKey, Loaded>,
     decoded: Mutex<Budgeted<DecodeKey, Medium>>,
     uploads: Mutex<Budgeted<MediaId, Arc<Blob>>>,
     hits: AtomicU64,
@@ -252,11 +288,16 @@ impl MediaStore {
         Self::with_guard(policy, guard)
     }
 
-    fn with_guard(policy: MediaPolicy, guard: fetch::Guard) -> anyhow::Result<Self> {
+    fn with_guard(mut policy: MediaPolicy, guard: fetch::Guard) -> anyhow::Result<Self> {
+        // No single one may need more than there is for all.
+        let most = policy.decode_bytes;
+        policy.max_decoded_bytes = policy.max_decoded_bytes.min(most);
+        policy.max_pixels = policy.max_pixels.min(most / 2 / decode::PIXEL_BYTES);
         Ok(Self {
             workshop: Workshop::new()?,
             fetcher: Fetcher::new(&policy, guard),
             decodes: Gate::new(policy.max_parallel_decodes),
+            memory: Budget::new(policy.decode_bytes),
             fetching: Flights::default(),
             decoding: Flights::default(),
             decoded: Mutex::new(Budgeted::new(policy.cache_bytes)),
@@ -267,30 +308,53 @@ impl MediaStore {
         })
     }
 
-    /// The pictures of `source`. Blocks, at most for the sum of the policy's times.
+    /// The pictures of `source`, without the room that they take.
+    #[cfg(test)]
+    pub fn load(&self, source: &MediaSource) -> Result<Medium, MediaError> {
+        Ok(self.decode(&self.fetch(source)?)?.medium)
+    }
+
+    /// The bytes of `source`, on disk. Blocks, at most for the sum of the policy's times.
     ///
     /// # Errors
     /// See [`MediaErrorKind`].
-    pub fn load(&self, source: &MediaSource) -> Result<Medium, MediaError> {
-        let named = source::shown(&source.url);
-        let content = self.content(source)?;
-        let key = DecodeKey::new(&content, source);
-        if let Some(found) = held(&self.decoded).get(&key) {
-            self.hits.fetch_add(1, Ordering::Relaxed);
+    pub fn fetch(&self, source: &MediaSource) -> Result<Fetched, MediaError> {
+        let (content, bytes) = self.content(source)?;
+        let name = source::shown(&source.url);
+        Ok(Fetched {
+            key: DecodeKey::new(&content, source),
+            content,
+            bytes,
+            // A data URI is as long as its bytes.
+            source: MediaSource {
+                url: name,
+                ..source.clone()
+            },
+        })
+    }
+
+    /// The pictures of what was fetched. Blocks, at most for the sum of the policy's times. Whoever holds decoded
+    /// media must not wait here for more: others wait for theirs.
+    ///
+    /// # Errors
+    /// See [`MediaErrorKind`].
+    pub fn decode(&self, fetched: &Fetched) -> Result<Loaded, MediaError> {
+        let (policy, source) = (&self.policy, &fetched.source);
+        let key = &fetched.key;
+        if let Some(found) = self.found(key, &source.url)? {
             return Ok(found);
         }
-        let patience = self.policy.wait_timeout + self.policy.decode_timeout;
+        let patience = policy.wait_timeout * 2 + policy.decode_timeout;
         self.decoding
             .run(key.clone(), Instant::now() + patience, || {
                 // Whoever flew before may have landed between the look and the start.
-                if let Some(found) = held(&self.decoded).get(&key) {
-                    self.hits.fetch_add(1, Ordering::Relaxed);
+                if let Some(found) = self.found(key, &source.url)? {
                     return Ok(found);
                 }
                 self.misses.fetch_add(1, Ordering::Relaxed);
                 let job = Job {
-                    content,
-                    name: named,
+                    content: fetched.content.clone(),
+                    name: source.url.clone(),
                     kind: source.kind,
                     sampling: source.sampling,
                     part: VideoPart {
@@ -298,10 +362,22 @@ impl MediaStore {
                         end: source.end,
                     },
                 };
-                let medium = decode::decode(job, &self.policy, &self.decodes)?;
-                held(&self.decoded).insert(key.clone(), medium.clone(), medium.bytes());
-                Ok(medium)
+                let loaded = decode::decode(job, policy, &self.decodes, &self.memory)?;
+                let medium = loaded.medium.clone();
+                let bytes = medium.bytes();
+                held(&self.decoded).insert(key.clone(), medium, bytes);
+                Ok(loaded)
             })
+    }
+
+    /// What was decoded before. It takes room too: the cache may drop it while it is used.
+    fn found(&self, key: &DecodeKey, name: &str) -> Result<Option<Loaded>, MediaError> {
+        let Some(medium) = held(&self.decoded).get(key) else {
+            return Ok(None);
+        };
+        self.hits.fetch_add(1, Ordering::Relaxed);
+        let room = decode::take(&self.memory, medium.bytes(), &self.policy, name)?;
+        Ok(Some(Loaded::new(medium, room)))
     }
 
     /// Keeps `bytes` until others push them out.
@@ -348,9 +424,9 @@ impl MediaStore {
     /// What a person wants to see of `source`: its size, its length, and its frames as thumbnails.
     ///
     /// # Errors
-    /// As [`MediaStore::load`].
+    /// As [`MediaStore::fetch`] and [`MediaStore::decode`].
     pub fn describe(&self, source: &MediaSource) -> Result<Described, MediaError> {
-        describe::describe(&self.load(source)?)
+        describe::describe(&self.decode(&self.fetch(source)?)?.medium)
     }
 
     /// What there is now and what was done.
@@ -361,6 +437,7 @@ impl MediaStore {
             misses: self.misses.load(Ordering::Relaxed),
             upload_bytes: held(&self.uploads).bytes(),
             decoding: self.decodes.taken(),
+            decode_bytes: self.memory.taken(),
             fetching: self.fetcher.running(),
         }
     }
@@ -376,12 +453,12 @@ impl MediaStore {
         })
     }
 
-    /// The bytes of a source, as files of our own.
-    fn content(&self, source: &MediaSource) -> Result<Content, MediaError> {
+    /// The bytes of a source, as files of our own, and how many belong to nobody else.
+    fn content(&self, source: &MediaSource) -> Result<(Content, u64), MediaError> {
         let policy = &self.policy;
         let name = source::shown(&source.url);
         let blob = match source::parse(&source.url, policy)? {
-            Source::Stored => self.upload(&source.url)?,
+            Source::Stored => return Ok((Content::File(self.upload(&source.url)?), 0)),
             Source::Web(url) => {
                 let deadline = Instant::now() + policy.wait_timeout + policy.fetch_timeout;
                 self.fetching.run(url.to_string(), deadline, || {
@@ -396,7 +473,8 @@ impl MediaStore {
             Source::Data(text) => match data_uri::read(text, policy.max_bytes)? {
                 data_uri::Data::Bytes(bytes) => self.kept(&name, &bytes)?,
                 data_uri::Data::Frames(frames) if source.kind == MediaKind::Video => {
-                    return Ok(Content::Frames(frames));
+                    let bytes = frames.iter().map(|frame| frame.len() as u64).sum();
+                    return Ok((Content::Frames(frames.into()), bytes));
                 }
                 data_uri::Data::Frames(_) => {
                     let message = format!("{name} holds several pictures where one is expected");
@@ -405,7 +483,8 @@ impl MediaStore {
             },
             Source::Base64(text) => self.kept(&name, &data_uri::base64(text, &name)?)?,
         };
-        Ok(Content::File(blob))
+        let bytes = blob.bytes;
+        Ok((Content::File(blob), bytes))
     }
 
     fn kept(&self, name: &str, bytes: &[u8]) -> Result<Arc<Blob>, MediaError> {

@@ -22,7 +22,7 @@ use super::chat::{axum_json, client, constraints, now, reason, text, usage, wait
 use super::content::{self, Named};
 use super::error::{ApiError, ApiResult};
 use super::fields::{self, Fields};
-use super::job::{Asked, Job, Place, aside, prepare, question};
+use super::job::{Asked, Job, Pictures, Place, aside, pictures, prepare, question};
 use super::log::RequestLog;
 use super::request::Wanted;
 use super::state::{Peer, Server};
@@ -36,7 +36,7 @@ const AT_ONCE: usize = 8;
 
 /// A request that was read.
 struct Parsed {
-    video: Named,
+    video: Option<Named>,
     questions: Vec<String>,
     system: Option<String>,
     user: Option<String>,
@@ -66,13 +66,21 @@ async fn answer(
     let held = body::read(server, request, server.settings.max_body).await?;
     let bytes = held.bytes;
     let own = Arc::clone(server);
-    let parsed = aside(move || parse(&own, &bytes)).await??;
+    let mut parsed = aside(move || parse(&own, &bytes)).await??;
     let constraints = constraints(server, &parsed.wanted).await?;
+    let pictures = pictures(server, parsed.video.take().into_iter().collect()).await?;
+    drop(held.room);
+    {
+        let mut entry = log.entry();
+        entry.media_s = pictures.seconds;
+        entry.pictures = pictures.count();
+    }
     let asker = Asker {
         client: client(server, peer, &headers, parsed.user.as_deref()),
         server,
         log,
         parsed: &parsed,
+        pictures,
         constraints,
     };
     let first = asker.ask(0).await?;
@@ -131,7 +139,7 @@ fn parse(server: &Server, bytes: &[u8]) -> ApiResult<Parsed> {
     }
     wanted.options.num_return_sequences = 1;
     Ok(Parsed {
-        video: content::video(&body, &server.settings.media)?,
+        video: Some(content::video(&body, &server.settings.media)?),
         questions: questions(body.list("questions")?)?,
         system: body.text("system")?.map(str::to_owned),
         user: body.text("user")?.map(str::to_owned),
@@ -163,6 +171,7 @@ struct Asker<'a> {
     server: &'a Arc<Server>,
     log: &'a RequestLog,
     parsed: &'a Parsed,
+    pictures: Pictures,
     constraints: Option<Arc<dyn Constraints>>,
     client: u64,
 }
@@ -179,13 +188,7 @@ impl Asker<'_> {
             .messages
             .push(Message::new(Role::User, content));
         let place = Place::take(self.server)?;
-        let named = vec![self.parsed.video.clone()];
-        let prepared = prepare(self.server, conversation, named).await?;
-        {
-            let mut entry = self.log.entry();
-            entry.media_s += prepared.media_s;
-            entry.pictures = prepared.pictures;
-        }
+        let prepared = prepare(self.server, conversation, self.pictures.clone()).await?;
         let asked = Asked {
             options: self.parsed.wanted.options.clone(),
             constraints: self.constraints.clone(),

@@ -589,6 +589,48 @@ fn a_server_that_is_told_to_stop_answers_what_runs() {
     );
 }
 
+/// A picture of 8K in one colour as a data URI of some 100 KB.
+fn large_picture(colour: u8) -> String {
+    let picture = image::RgbImage::from_pixel(7680, 4320, image::Rgb([colour, 0, 0]));
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    picture
+        .write_to(&mut bytes, image::ImageFormat::Png)
+        .unwrap();
+    format!(
+        "data:image/png;base64,{}",
+        BASE64_STANDARD.encode(bytes.into_inner())
+    )
+}
+
+fn of_pictures(urls: &[&String]) -> Value {
+    let part = |url: &&String| json!({"type": "image_url", "image_url": {"url": url}});
+    let mut parts: Vec<Value> = urls.iter().map(part).collect();
+    parts.push(json!({"type": "text", "text": "What shape is it?"}));
+    json!({"max_tokens": 1, "messages": [{"role": "user", "content": parts}]})
+}
+
+#[test]
+fn decoded_media_have_one_budget_however_many_are_named() {
+    let server = Served::start(&["--decode-memory-mib", "800", "--media-cache-mib", "0"]);
+    let peak = || server.metric("process_resident_memory_peak_bytes") / f64::from(1 << 20);
+    let before = peak();
+    let (red, black) = (large_picture(255), large_picture(0));
+    // One decoded picture has 95 MiB.
+    let answer = server.chat(&of_pictures(&[&red; 10]));
+    assert!(matches!(answer.status, 200 | 400), "{}", answer.text);
+    assert_eq!(server.metric("lnv_media_misses"), 1.0);
+    assert!(peak() - before < 300.0, "{} MiB more", peak() - before);
+    let body = of_pictures(&[&red, &black, &red, &black]);
+    let answers: Vec<Answered> = std::thread::scope(|scope| {
+        let asked: Vec<_> = (0..4).map(|_| scope.spawn(|| server.chat(&body))).collect();
+        asked.into_iter().map(|t| t.join().unwrap()).collect()
+    });
+    for answer in answers {
+        assert!(matches!(answer.status, 200 | 400), "{}", answer.text);
+    }
+    assert!(peak() - before < 900.0, "{} MiB more", peak() - before);
+}
+
 #[test]
 fn every_request_has_its_line_and_its_figures() {
     let server = Served::start(&["--log-format", "json"]);

@@ -3,7 +3,8 @@
 //! Decision: decoding happens in C libraries that cannot be interrupted between two packets, so it runs on a thread of
 //! its own that keeps one of a few places until it really ends; the caller waits no longer than the limit. The
 //! library's own deadline and cancel flag end nearly all of them soon after. What one decode may take
-//! in memory is bounded by pixels and by the bytes of its samples.
+//! in memory is bounded by pixels and by the bytes of its samples; what all may take together by one budget, of which
+//! a decode takes what it may need at worst before it begins, and keeps what its pictures have until nobody has them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,11 +19,33 @@ use llava_next_video::media::{
 use sha2::{Digest, Sha256};
 
 use super::blob::Blob;
-use super::gate::Gate;
+use super::gate::{Budget, Gate, Room};
 use super::{MediaError, MediaErrorKind, MediaKind, MediaPolicy, MediaSource, Medium};
 
 /// How much longer than its deadline a decode is waited for, so that its own words are heard.
 const GRACE: Duration = Duration::from_millis(500);
+
+/// Bytes that decoding a picture takes for each pixel at most: 16 bits of RGBA beside the result and a turned copy, or
+/// a progressive JPEG's coefficients beside its planes and the result.
+pub(super) const PIXEL_BYTES: u64 = 12;
+
+/// Pictures and the room that they take.
+#[derive(Clone)]
+pub struct Loaded {
+    /// The pictures.
+    pub medium: Medium,
+    _room: Arc<Room>,
+}
+
+impl Loaded {
+    /// `medium`, which takes `room` until the last copy is dropped.
+    pub(super) fn new(medium: Medium, room: Room) -> Self {
+        Self {
+            medium,
+            _room: Arc::new(room),
+        }
+    }
+}
 
 /// What is decoded.
 #[derive(Clone)]
@@ -30,7 +53,7 @@ pub(super) enum Content {
     /// One file.
     File(Arc<Blob>),
     /// A video as one picture file a frame.
-    Frames(Vec<Vec<u8>>),
+    Frames(Arc<[Vec<u8>]>),
 }
 
 impl Content {
@@ -39,7 +62,7 @@ impl Content {
             Self::File(blob) => blob.digest,
             Self::Frames(frames) => {
                 let mut hasher = Sha256::new();
-                for frame in frames {
+                for frame in frames.iter() {
                     hasher.update((frame.len() as u64).to_le_bytes());
                     hasher.update(frame);
                 }
@@ -95,7 +118,8 @@ pub(super) fn decode(
     job: Job,
     policy: &MediaPolicy,
     gate: &Arc<Gate>,
-) -> Result<Medium, MediaError> {
+    budget: &Arc<Budget>,
+) -> Result<Loaded, MediaError> {
     let name = job.name.clone();
     let place = gate
         .enter(Instant::now() + policy.wait_timeout)
@@ -104,6 +128,7 @@ pub(super) fn decode(
                 format!("too many sources are being decoded to begin with {name}: try again later");
             MediaError::new(MediaErrorKind::Busy, message)
         })?;
+    let mut room = take(budget, job.worst(policy), policy, &name)?;
     let deadline = Instant::now() + policy.decode_timeout;
     let limits = limits(policy, deadline);
     let cancel = Arc::new(AtomicBool::new(false));
@@ -112,7 +137,10 @@ pub(super) fn decode(
     let started = std::thread::Builder::new()
         .name("decode".into())
         .spawn(move || {
-            let result = job.run(&limits, &stop);
+            let result = job.run(&limits, &stop).map(|medium| {
+                room.shrink(medium.bytes());
+                Loaded::new(medium, room)
+            });
             // Whoever hears the result may count on the file and the place being free.
             drop(job);
             drop(place);
@@ -137,6 +165,22 @@ pub(super) fn decode(
     }
 }
 
+/// Takes `bytes` of what all decoded media may have, waiting for them.
+pub(super) fn take(
+    budget: &Arc<Budget>,
+    bytes: u64,
+    policy: &MediaPolicy,
+    name: &str,
+) -> Result<Room, MediaError> {
+    let room = budget.take(bytes, Instant::now() + policy.wait_timeout);
+    room.ok_or_else(|| {
+        let message = format!(
+            "the decoded pictures of other requests leave no memory for {name}: try again later"
+        );
+        MediaError::new(MediaErrorKind::Busy, message)
+    })
+}
+
 fn too_slow(name: &str) -> MediaError {
     let message = format!("decoding {name} takes too long: use a shorter or smaller file");
     MediaError::new(MediaErrorKind::Timeout, message)
@@ -145,7 +189,7 @@ fn too_slow(name: &str) -> MediaError {
 fn limits(policy: &MediaPolicy, deadline: Instant) -> MediaLimits {
     let duration = Duration::try_from_secs_f64(policy.max_duration_s);
     MediaLimits {
-        still_bytes: policy.max_bytes,
+        still_bytes: policy.max_bytes.min(policy.decode_bytes / 2),
         still_pixels: policy.max_pixels,
         video_pixels: policy.max_pixels,
         sampled_frames: policy.max_frames,
@@ -157,6 +201,31 @@ fn limits(policy: &MediaPolicy, deadline: Instant) -> MediaLimits {
 }
 
 impl Job {
+    /// Bytes that this may take at worst.
+    fn worst(&self, policy: &MediaPolicy) -> u64 {
+        match (&self.content, self.kind) {
+            (Content::File(blob), MediaKind::Image) => {
+                // Only the first bytes are read; what they say is checked again while decoding.
+                let told = image::ImageReader::open(blob.path())
+                    .and_then(image::ImageReader::with_guessed_format)
+                    .ok()
+                    .and_then(|reader| reader.into_dimensions().ok());
+                let pixels = told.map(|(width, height)| u64::from(width) * u64::from(height));
+                let pixels = pixels.unwrap_or(u64::MAX).min(policy.max_pixels);
+                pixels * PIXEL_BYTES + blob.bytes
+            }
+            _ => {
+                let frames = match self.sampling {
+                    FrameSampling::Default(n) | FrameSampling::NumFrames(n) => n,
+                    FrameSampling::Fps(_) | FrameSampling::All => policy.max_frames,
+                };
+                let frames = frames.min(policy.max_frames) as u64;
+                let bytes = frames.saturating_mul(policy.max_pixels * 3);
+                bytes.min(policy.max_decoded_bytes)
+            }
+        }
+    }
+
     fn run(&self, limits: &MediaLimits, cancel: &AtomicBool) -> Result<Medium, MediaError> {
         match (&self.content, self.kind) {
             (Content::File(blob), MediaKind::Image) => {

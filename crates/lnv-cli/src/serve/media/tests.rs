@@ -305,6 +305,45 @@ fn decodes_wait_for_a_place_but_not_for_ever() {
 }
 
 #[test]
+fn decoded_media_share_one_budget_of_bytes() {
+    let policy = MediaPolicy {
+        decode_bytes: 1 << 20,
+        cache_bytes: FRAME * 4,
+        wait_timeout: Duration::from_millis(50),
+        ..quick()
+    };
+    let store = store(policy);
+    let id = store.add(&testdata("media/h264.mp4")).unwrap();
+    let clip = store.fetch(&video(id.as_str())).unwrap();
+    assert_eq!(clip.bytes, 0);
+    let loaded = store.decode(&clip).unwrap();
+    assert_eq!(store.stats().decode_bytes, FRAME * 4);
+    let again = store.decode(&clip).unwrap();
+    assert_eq!(store.stats().decode_bytes, FRAME * 8);
+    drop((loaded, again));
+    assert_eq!(store.stats().decode_bytes, 0);
+    // Nothing is decoded, nor taken from the cache, while others hold all.
+    let all = store.memory.take(1 << 20, Instant::now()).unwrap();
+    let error = store.decode(&clip).err().unwrap();
+    assert_eq!(error.kind, MediaErrorKind::Busy);
+    let other = store.fetch(&image(id.as_str())).unwrap();
+    assert!(!other.equals(&clip));
+    let error = store.decode(&other).err().unwrap();
+    assert_eq!(error.kind, MediaErrorKind::Busy);
+    drop(all);
+    assert!(store.decode(&clip).is_ok());
+    // A picture that the budget has no room for is beyond the limit.
+    let large = ::image::RgbImage::new(300, 300);
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    large
+        .write_to(&mut bytes, ::image::ImageFormat::Png)
+        .unwrap();
+    let id = store.add(bytes.get_ref()).unwrap();
+    let error = store.load(&image(id.as_str())).unwrap_err();
+    assert_eq!(error.kind, MediaErrorKind::TooLarge, "{error}");
+}
+
+#[test]
 fn a_decode_that_takes_too_long_is_given_up() {
     let policy = MediaPolicy {
         decode_timeout: Duration::ZERO,

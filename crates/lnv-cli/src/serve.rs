@@ -132,7 +132,9 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     };
     settings.answers = answers(args, &pipeline);
     let grammars = grammars(&pipeline, &settings.eos);
-    let waiting = args.limits.max_waiting;
+    // The places in the line bound what waits. One place may be several questions, of which the engine must
+    // turn none away: the others may be answered already.
+    let waiting = args.limits.max_waiting.saturating_mul(videos::AT_ONCE + 1);
     let tokenizer = pipeline.processor.tokenizer.clone();
     let service = Service::start(
         engine,

@@ -61,7 +61,7 @@ async fn answer(
     let bytes = held.bytes;
     let own = Arc::clone(server);
     let parsed = aside(move || parse(&own, &bytes)).await??;
-    let place = Place::take(server)?;
+    let place = Arc::new(Place::take(server)?);
     let constraints = constraints(server, &parsed.wanted).await?;
     let pictures = pictures(server, parsed.media).await?;
     // Data URIs have been decoded by now.

@@ -36,7 +36,7 @@ pub async fn take(budget: &Arc<Semaphore>, n: usize) -> ApiResult<OwnedSemaphore
     permit.map_err(|_| ApiError::draining())
 }
 
-/// A question's right to be in the server although it does not run yet.
+/// A request's right to be in the server although it does not run yet, or not all of its questions do.
 pub struct Place {
     _held: OwnedSemaphorePermit,
 }
@@ -344,7 +344,7 @@ impl Job {
     pub async fn start(
         server: &Arc<Server>,
         prepared: Prepared,
-        place: Place,
+        place: Arc<Place>,
         asked: Asked,
     ) -> ApiResult<Self> {
         let Asked {

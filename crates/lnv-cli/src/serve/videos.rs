@@ -3,7 +3,7 @@
 //! Decision: each question is a prompt of its own that begins with the clip, so all but the first find
 //! the clip's keys and values in the engine's cache, and the answers are those that each question gets
 //! alone. The first one goes ahead; the others follow a few at a time, so that a long list does not push
-//! others out of the line.
+//! others out of the line. The request has one place in the line, from its beginning to its end: it is taken as a whole or not at all, and its questions wait for each other, not against each other.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -32,7 +32,7 @@ use super::within;
 pub const MAX_QUESTIONS: usize = 256;
 
 /// Questions of one request that the engine has at once.
-const AT_ONCE: usize = 8;
+pub const AT_ONCE: usize = 8;
 
 /// A request that was read.
 struct Parsed {
@@ -67,6 +67,7 @@ async fn answer(
     let bytes = held.bytes;
     let own = Arc::clone(server);
     let mut parsed = aside(move || parse(&own, &bytes)).await??;
+    let place = Arc::new(Place::take(server)?);
     let constraints = constraints(server, &parsed.wanted).await?;
     let pictures = pictures(server, parsed.video.take().into_iter().collect()).await?;
     drop(held.room);
@@ -81,6 +82,7 @@ async fn answer(
         log,
         parsed: &parsed,
         pictures,
+        place,
         constraints,
     };
     let first = asker.ask(0).await?;
@@ -172,6 +174,7 @@ struct Asker<'a> {
     log: &'a RequestLog,
     parsed: &'a Parsed,
     pictures: Pictures,
+    place: Arc<Place>,
     constraints: Option<Arc<dyn Constraints>>,
     client: u64,
 }
@@ -187,7 +190,6 @@ impl Asker<'_> {
         conversation
             .messages
             .push(Message::new(Role::User, content));
-        let place = Place::take(self.server)?;
         let prepared = prepare(self.server, conversation, self.pictures.clone()).await?;
         let asked = Asked {
             options: self.parsed.wanted.options.clone(),
@@ -195,6 +197,7 @@ impl Asker<'_> {
             client: self.client,
             progress: false,
         };
+        let place = Arc::clone(&self.place);
         let mut job = Job::start(self.server, prepared, place, asked).await?;
         wait(&mut job, self.log, Instant::now()).await
     }

@@ -354,6 +354,31 @@ fn many_questions_about_one_clip_share_it() {
 }
 
 #[test]
+fn many_questions_take_one_place_and_are_all_answered_by_a_server_that_stops() {
+    let server = Served::start(&["--max-waiting", "1"]);
+    let asked = vec!["Describe the video."; 40];
+    let body = json!({"video": {"url": data_uri("left.mp4")}, "questions": asked});
+    let answer = std::thread::scope(|scope| {
+        let answer = scope.spawn(|| server.post("/v1/videos/questions", &body));
+        let until = Instant::now() + Duration::from_secs(30);
+        while server.metric("lnv_requests_answered") < 2.0 {
+            assert!(Instant::now() < until);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        server.signal("TERM");
+        answer.join().unwrap()
+    });
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    let answer = answer.json();
+    let data = answer["data"].as_array().unwrap();
+    assert_eq!(data.len(), asked.len());
+    for said in data {
+        let said = said["answer"].as_str().unwrap();
+        assert!(said.contains("moves to the left"), "{said}");
+    }
+}
+
+#[test]
 fn progress_and_timings_are_told_where_asked_for() {
     let server = Served::start(&[]);
     let mut body = about("circle.png", "What shape is it?");

@@ -311,6 +311,9 @@ pub struct ServeArgs {
     /// Let pages of this origin ask too, such as `https://example.org`; `*` for all.
     #[arg(long, value_name = "ORIGIN")]
     pub allow_origin: Vec<String>,
+    /// Name that this server may be asked by, besides addresses and localhost; may be given several times.
+    #[arg(long, value_name = "NAME")]
+    pub allow_host: Vec<String>,
     /// One line a request on stderr, as text or as JSON.
     #[arg(long, value_enum, default_value_t = LogFormat::Text, hide_possible_values = true,
           value_name = "text|json", hide_default_value = true)]

@@ -277,6 +277,7 @@ fn settings(args: &ServeArgs) -> Settings {
         created: chat::now(),
         api_key: args.api_key.clone(),
         origins: args.allow_origin.clone(),
+        hosts: hosts(args),
         max_body: args.limits.max_body_mib << 20,
         max_upload: args.media.max_media_mib << 20,
         timeout: Duration::from_secs(args.limits.request_timeout),
@@ -293,6 +294,13 @@ fn settings(args: &ServeArgs) -> Settings {
         },
         eos: Vec::new(),
     }
+}
+
+/// Names that the server answers to. Whoever listens beyond this machine and asks for a key answers to any: a page
+/// that had its own name lead here would still need the key.
+fn hosts(args: &ServeArgs) -> Option<Vec<String>> {
+    let guarded = args.host.is_loopback() || args.api_key.is_none();
+    guarded.then(|| args.allow_host.clone())
 }
 
 fn answers(args: &ServeArgs, pipeline: &Pipeline) -> AnswerBounds {

@@ -99,6 +99,17 @@ impl ApiError {
         )
     }
 
+    /// 403: the server does not go by this name.
+    pub fn foreign_host() -> Self {
+        Self::new(
+            StatusCode::FORBIDDEN,
+            "invalid_request_error",
+            Some("host_not_allowed"),
+            "this server does not go by the name in the Host header: ask it by its address, or start it \
+             with --allow-host NAME",
+        )
+    }
+
     /// 404: no such address.
     pub fn no_such_path(path: &str) -> Self {
         let path: String = path.chars().take(200).collect();

@@ -66,7 +66,9 @@ fn responses(ok: &Value, description: &str, refusals: &[u16]) -> Value {
         let description = match status {
             400 => "The request says something wrong; param names it.",
             401 => "The key is missing or wrong.",
-            403 => "A page of another origin asked.",
+            403 => {
+                "A page of another origin asked, or the server was asked by a name that it does not go by."
+            }
             404 => "There is no such thing.",
             408 => "It took too long.",
             413 => "The body is too large.",

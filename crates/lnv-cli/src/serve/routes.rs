@@ -1,14 +1,18 @@
 //! Which address does what, and what stands before all of them: an id, a line in the log, the key.
 //!
 //! Decision: pages of other origins are not answered unless allowed by option, because a server on
-//! loopback without a key would otherwise answer every page that its user visits. The page that comes
+//! loopback without a key would otherwise answer every page that its user visits. Such a server also goes by
+//! no name that it was not given: a page may have its own name lead here (DNS rebinding), and is then of the same
+//! origin as far as its browser can tell. The page that comes
 //! with the program loads nothing from elsewhere, and its headers hold it to that.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{MatchedPath, State};
+use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
@@ -123,6 +127,12 @@ fn guard_headers(server: &Server, origin: Option<HeaderValue>, headers: &mut Hea
 
 /// Lets in who may come.
 async fn admit(State(server): State<Arc<Server>>, request: Request<Body>, next: Next) -> Response {
+    // What looks after a server may use any name; it learns nothing else.
+    let looks = matches!(request.uri().path(), "/health" | "/ready");
+    if !looks && !goes_by(server.settings.hosts.as_deref(), request.headers()) {
+        body::discard(request.into_body()).await;
+        return ApiError::foreign_host().into_response();
+    }
     if !request.uri().path().starts_with("/v1/") {
         return next.run(request).await;
     }
@@ -135,6 +145,27 @@ async fn admit(State(server): State<Arc<Server>>, request: Request<Body>, next: 
     };
     body::discard(request.into_body()).await;
     refused.into_response()
+}
+
+/// Whether the server goes by the name in the Host header. Browsers always send one.
+fn goes_by(names: Option<&[String]>, headers: &HeaderMap) -> bool {
+    let (Some(names), Some(host)) = (names, headers.get(header::HOST)) else {
+        return true;
+    };
+    let Some(host) = host
+        .to_str()
+        .ok()
+        .and_then(|host| host.parse::<Authority>().ok())
+    else {
+        return false;
+    };
+    let name = host.host();
+    let bare = name
+        .strip_prefix('[')
+        .and_then(|name| name.strip_suffix(']'));
+    let is_address = bare.unwrap_or(name).parse::<IpAddr>().is_ok();
+    let is = |own: &str| own.eq_ignore_ascii_case(name);
+    is_address || is("localhost") || names.iter().any(|own| is(own))
 }
 
 fn may_come(server: &Server, request: &Request<Body>) -> ApiResult<()> {
@@ -246,4 +277,47 @@ async fn ready(State(server): State<Arc<Server>>) -> ApiResult<Response> {
 async fn told(State(server): State<Arc<Server>>) -> Response {
     let text = server.metrics.text(&server);
     ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_were_not_given_are_not_gone_by() {
+        let own = ["media.example.org".to_owned()];
+        let by = |host: &str| {
+            let mut headers = HeaderMap::new();
+            headers.extend(HeaderValue::from_str(host).map(|host| (header::HOST, host)));
+            goes_by(Some(&own), &headers)
+        };
+        for host in [
+            "127.0.0.1",
+            "127.0.0.1:8000",
+            "[::1]:8000",
+            "[::1]",
+            "192.168.0.7:80",
+            "localhost:8000",
+            "LocalHost",
+            "media.example.org",
+            "Media.Example.Org:443",
+        ] {
+            assert!(by(host), "{host}");
+        }
+        for host in [
+            "evil.example",
+            "evil.example:8000",
+            "127.0.0.1.evil.example",
+            "localhost.evil.example",
+            "x@evil.example",
+            "",
+            "a b",
+        ] {
+            assert!(!by(host), "{host}");
+        }
+        assert!(goes_by(Some(&own), &HeaderMap::new()));
+        let mut headers = HeaderMap::new();
+        headers.insert(header::HOST, HeaderValue::from_static("evil.example"));
+        assert!(goes_by(None, &headers));
+    }
 }

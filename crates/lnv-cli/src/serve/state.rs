@@ -29,6 +29,8 @@ pub struct Settings {
     pub api_key: Option<String>,
     /// Origins of pages that may ask, besides our own.
     pub origins: Vec<String>,
+    /// Names that the server may be called by, besides addresses and localhost; `None` where any will do.
+    pub hosts: Option<Vec<String>>,
     /// Bytes of a JSON body.
     pub max_body: usize,
     /// Bytes of an uploaded file.

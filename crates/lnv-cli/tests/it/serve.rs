@@ -503,6 +503,21 @@ fn a_key_is_asked_for_where_there_is_one() {
 }
 
 #[test]
+fn another_name_that_leads_here_is_not_answered() {
+    let ask = |server: &Served, host: &str| {
+        let request = Served::agent().get(format!("{}/v1/models", server.url));
+        let request = request.header("Host", host);
+        let origin = format!("http://{host}");
+        Served::answered(request.header("Origin", &origin).call())
+    };
+    let server = Served::start(&["--allow-host", "own.example"]);
+    let message = ask(&server, "evil.example").refuses(403, None);
+    assert!(message.contains("--allow-host"), "{message}");
+    assert_eq!(ask(&server, "own.example").status, 200);
+    assert_eq!(ask(&server, "localhost").status, 200);
+}
+
+#[test]
 fn a_client_that_vanishes_is_cancelled() {
     let server = Served::start(&[]);
     let mut body = about("circle.png", "Describe the image.");
@@ -512,7 +527,7 @@ fn a_client_that_vanishes_is_cancelled() {
         let mut stream = server.connect();
         write!(
             stream,
-            "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{body}",
+            "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n{body}",
             body.len()
         )
         .unwrap();
@@ -522,7 +537,7 @@ fn a_client_that_vanishes_is_cancelled() {
     let mut half = server.connect();
     write!(
         half,
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{{"
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{{"
     )
     .unwrap();
     drop(half);
@@ -582,7 +597,7 @@ fn a_server_that_is_told_to_stop_answers_what_runs() {
         let mut stream = server.connect();
         write!(
             stream,
-            "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{part}",
+            "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n{part}",
             body.len()
         )
         .unwrap();

@@ -5,7 +5,7 @@
 //! give 4xx; 5xx is for what went wrong on this side.
 
 use axum::body::Body;
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use llava_next_video::Error;
 use llava_next_video::engine::Refused;
@@ -237,6 +237,27 @@ impl IntoResponse for ApiError {
             }
             _ => {}
         }
+        if self.status == StatusCode::REQUEST_TIMEOUT {
+            // OpenAI's client asks again after a 408, which here would take as long as before.
+            let name = HeaderName::from_static("x-should-retry");
+            headers.insert(name, HeaderValue::from_static("false"));
+        }
         response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_that_took_too_long_is_not_sent_again() {
+        let header = |error: ApiError| {
+            let response = error.into_response();
+            response.headers().get("x-should-retry").cloned()
+        };
+        let no = HeaderValue::from_static("false");
+        assert_eq!(header(ApiError::timeout("late")), Some(no));
+        assert_eq!(header(ApiError::busy("full")), None);
     }
 }

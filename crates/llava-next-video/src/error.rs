@@ -34,6 +34,9 @@ pub enum Error {
     /// The device asked for is not there.
     #[error("{0}")]
     Device(String),
+    /// This program did something wrong: a bug, whatever the caller asked for.
+    #[error("{0}")]
+    Internal(String),
     /// The caller asked to stop.
     #[error("stopped")]
     Cancelled,

@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use llava_next_video::Result;
 use llava_next_video::config::{
     CheckpointFiles, Dtype, GenerationConfig, LlavaNextVideoConfig, Quantization,
 };
@@ -19,6 +18,7 @@ use llava_next_video::engine::{
 use llava_next_video::model::{LlavaNextVideoModel, LoadOptions};
 use llava_next_video::processor::inputs::ModelInputs;
 use llava_next_video::processor::{LlavaNextVideoProcessor, ModelFacts};
+use llava_next_video::{Error, Result};
 
 const CASES: [&str; 8] = [
     "one-video",
@@ -387,6 +387,34 @@ fn wrong_requests_are_told_and_full_queues_refuse() {
         service.submit(request(options(1), sender)).unwrap_err(),
         Refused::Closing
     );
+}
+
+#[test]
+fn a_bug_ends_every_request_as_one_and_is_known_afterwards() {
+    let fixture = Fixture::new();
+    let inputs = fixture.inputs();
+    let service = fixture.service(EngineLimits::default());
+    let other = ask(&service, &inputs[0], &options(4000), (1, None));
+    assert!(!service.is_broken());
+    let panics = Request {
+        inputs: inputs[0].clone(),
+        options: options(2),
+        constraints: None,
+        client: 0,
+        on_event: Box::new(|_| panic!("on purpose")),
+    };
+    service.submit(panics).unwrap();
+    let error = other.recv_timeout(Duration::from_secs(60)).unwrap();
+    assert!(matches!(error, Err(Error::Internal(_))), "{error:?}");
+    assert!(service.is_broken());
+    let late = Request {
+        inputs: inputs[0].clone(),
+        options: options(1),
+        constraints: None,
+        client: 0,
+        on_event: Box::new(|_| ControlFlow::Continue(())),
+    };
+    assert_eq!(service.submit(late).unwrap_err(), Refused::Broken);
 }
 
 /// Only even ids, and an error at the fourth token if asked for.

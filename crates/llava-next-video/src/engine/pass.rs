@@ -59,9 +59,10 @@ impl Engine {
                 let mut jobs: Vec<RequestId> =
                     parts.iter().map(|p| self.running[p.job].id).collect();
                 jobs.dedup();
+                // What was asked for had been checked before it came here.
                 let message = error.to_string();
                 for job in jobs {
-                    self.fail(job, Error::Input(message.clone()), sink);
+                    self.fail(job, Error::Internal(message.clone()), sink);
                 }
                 return;
             }

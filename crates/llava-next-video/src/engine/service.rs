@@ -71,6 +71,8 @@ pub enum Refused {
     Full(usize),
     /// The service is closing.
     Closing,
+    /// The engine broke off and answers nobody any more.
+    Broken,
 }
 
 /// What the engine has done and is doing; counts since the start unless said.
@@ -133,6 +135,7 @@ struct Shared {
     /// Requests that were accepted and are not over.
     open: AtomicUsize,
     closing: AtomicBool,
+    broken: AtomicBool,
     stats: Mutex<ServiceStats>,
 }
 
@@ -164,6 +167,7 @@ impl Service {
             next: AtomicU64::new(0),
             open: AtomicUsize::new(0),
             closing: AtomicBool::new(false),
+            broken: AtomicBool::new(false),
             stats: Mutex::new(engine.stats()),
         });
         let worker = Worker {
@@ -189,9 +193,12 @@ impl Service {
     /// [`RequestEvent::Done`] before this returns.
     ///
     /// # Errors
-    /// Too many wait, or the service is closing; the request has then heard nothing.
+    /// Too many wait, the service is closing, or its engine broke off; the request has then heard nothing.
     pub fn submit(&self, request: Request) -> std::result::Result<RequestId, Refused> {
         let shared = &self.shared;
+        if self.is_broken() {
+            return Err(Refused::Broken);
+        }
         if shared.closing.load(Ordering::SeqCst) {
             return Err(Refused::Closing);
         }
@@ -226,7 +233,7 @@ impl Service {
         });
         if !self.send(Command::Submit(submitted)) {
             shared.open.fetch_sub(1, Ordering::SeqCst);
-            return Err(Refused::Closing);
+            return Err(Refused::Broken);
         }
         Ok(id)
     }
@@ -251,6 +258,11 @@ impl Service {
     /// Takes no more requests; those taken are still answered.
     pub fn close(&self) {
         self.shared.closing.store(true, Ordering::SeqCst);
+    }
+
+    /// True after a bug has ended the engine's thread; only another service answers again.
+    pub fn is_broken(&self) -> bool {
+        self.shared.broken.load(Ordering::SeqCst)
     }
 
     /// True where every request that was accepted is over.
@@ -331,7 +343,7 @@ impl Worker {
     fn break_off(mut self) {
         let shared = self.shared.upgrade();
         if let Some(shared) = &shared {
-            shared.closing.store(true, Ordering::SeqCst);
+            shared.broken.store(true, Ordering::SeqCst);
         }
         while let Ok(command) = self.receiver.try_recv() {
             if let Command::Submit(submitted) = command {
@@ -341,7 +353,9 @@ impl Worker {
         let open = self.callbacks.len();
         for (_, mut on_event) in self.callbacks.drain() {
             let broken = "the engine broke off. This is a bug: please report it";
-            let _ = on_event(RequestEvent::Done(Err(Error::Input(broken.into()))));
+            let done = RequestEvent::Done(Err(Error::Internal(broken.into())));
+            // Perhaps it was this one that panicked; the others are told all the same.
+            let _ = catch_unwind(AssertUnwindSafe(|| on_event(done)));
         }
         if let Some(shared) = shared {
             shared.open.fetch_sub(open, Ordering::SeqCst);

@@ -173,6 +173,16 @@ impl ApiError {
         )
     }
 
+    /// 503: the engine ended by a bug, and the server can answer nobody until it is started again.
+    pub fn broken() -> Self {
+        Self::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "server_error",
+            Some("engine_broken"),
+            "the engine broke off by a bug of its own: start the server again, and please report it",
+        )
+    }
+
     /// 500: our fault.
     pub fn internal(message: impl Into<String>) -> Self {
         let status = StatusCode::INTERNAL_SERVER_ERROR;
@@ -209,6 +219,7 @@ impl From<Refused> for ApiError {
                 "{waiting} requests wait already, which is all that may: try again in a moment"
             )),
             Refused::Closing => Self::draining(),
+            Refused::Broken => Self::broken(),
         }
     }
 }
@@ -249,6 +260,14 @@ impl IntoResponse for ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_bug_is_not_the_clients_fault() {
+        let error = ApiError::from(Error::Internal("broke off".into()));
+        assert_eq!((error.status.as_u16(), error.kind), (500, "server_error"));
+        let error = ApiError::from(Refused::Broken);
+        assert_eq!((error.status.as_u16(), error.kind), (503, "server_error"));
+    }
 
     #[test]
     fn a_request_that_took_too_long_is_not_sent_again() {

@@ -74,7 +74,7 @@ fn responses(ok: &Value, description: &str, refusals: &[u16]) -> Value {
             413 => "The body is too large.",
             429 => "Too many requests wait: again after Retry-After seconds.",
             500 => "A bug of the server.",
-            _ => "The server is stopping.",
+            _ => "The server is stopping, or its engine broke off.",
         };
         let mut refusal = json!({"description": description, "content": body("Error")});
         if matches!(status, 429 | 503) {
@@ -160,7 +160,7 @@ fn paths(security: &Value) -> Value {
         "/health": {"get": {
             "operationId": "health",
             "summary": "Whether the process lives.",
-            "responses": responses(&body("Status"), "It lives.", &[]),
+            "responses": responses(&body("Status"), "It lives.", &[503]),
         }},
         "/ready": {"get": {
             "operationId": "ready",

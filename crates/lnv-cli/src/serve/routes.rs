@@ -259,13 +259,19 @@ async fn model(
     Ok(axum_json(&described(&server)))
 }
 
-/// The process lives.
-async fn health() -> Response {
-    axum_json(&json!({"status": "ok"}))
+/// The process lives, and so does its engine.
+async fn health(State(server): State<Arc<Server>>) -> ApiResult<Response> {
+    match server.service.is_broken() {
+        true => Err(ApiError::broken()),
+        false => Ok(axum_json(&json!({"status": "ok"}))),
+    }
 }
 
 /// The server takes requests.
 async fn ready(State(server): State<Arc<Server>>) -> ApiResult<Response> {
+    if server.service.is_broken() {
+        return Err(ApiError::broken());
+    }
     if server.is_draining() {
         return Err(ApiError::draining());
     }

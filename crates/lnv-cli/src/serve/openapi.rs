@@ -235,13 +235,13 @@ fn schemas(limits: &Limits) -> Value {
         },
         "Model": {
             "type": "object",
-            "required": ["id", "object", "created", "owned_by", "max_model_len"],
+            "required": ["id", "object", "created", "owned_by"],
             "properties": {
                 "id": {"type": "string"},
                 "object": {"const": "model"},
                 "created": {"type": "integer"},
                 "owned_by": {"type": "string"},
-                "max_model_len": {"type": "integer", "description": "Tokens of the context."},
+                "max_model_len": {"type": "integer", "description": "Tokens of the context; absent where it has no end."},
             },
         },
         "ModelList": {

@@ -237,13 +237,21 @@ fn page_file(kind: &'static str, bytes: &'static [u8]) -> Response {
 }
 
 fn described(server: &Server) -> serde_json::Value {
-    json!({
+    let mut model = json!({
         "id": server.name(),
         "object": "model",
         "created": server.settings.created,
         "owned_by": "lnv",
-        "max_model_len": server.settings.context,
-    })
+    });
+    if let Some(context) = told_context(server.settings.context) {
+        model["max_model_len"] = json!(context);
+    }
+    model
+}
+
+/// The context, where it has an end: with dynamic scaling it has none, and JSON's numbers end at 2^53.
+fn told_context(tokens: usize) -> Option<usize> {
+    (tokens <= 1 << 53).then_some(tokens)
 }
 
 async fn models(State(server): State<Arc<Server>>) -> Response {
@@ -288,6 +296,12 @@ async fn told(State(server): State<Arc<Server>>) -> Response {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_context_without_an_end_is_not_told() {
+        assert_eq!(told_context(4096), Some(4096));
+        assert_eq!(told_context(usize::MAX), None);
+    }
 
     #[test]
     fn names_that_were_not_given_are_not_gone_by() {

@@ -15,6 +15,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use super::error::{ApiError, ApiResult};
 use super::job::{aside, refusal};
+use super::media::Uploaded;
 use super::state::Server;
 
 /// Room is taken in steps of so many KiB.
@@ -118,7 +119,7 @@ async fn next(body: &mut Body) -> ApiResult<Option<Bytes>> {
 const PIECE: usize = 1 << 20;
 
 /// Takes the body into the media store; gives its id there.
-pub async fn store(server: &Arc<Server>, request: Request<Body>) -> ApiResult<String> {
+pub async fn store(server: &Arc<Server>, request: Request<Body>) -> ApiResult<Uploaded> {
     let told = told_length(&request);
     let mut body = request.into_body();
     let limit = server.settings.max_upload;
@@ -132,7 +133,7 @@ pub async fn store(server: &Arc<Server>, request: Request<Body>) -> ApiResult<St
     result
 }
 
-async fn stored(server: &Arc<Server>, body: &mut Body) -> ApiResult<String> {
+async fn stored(server: &Arc<Server>, body: &mut Body) -> ApiResult<Uploaded> {
     let limit = server.settings.max_upload;
     let store = Arc::clone(&server.media);
     let begun = aside(move || store.begin_upload()).await?;
@@ -159,9 +160,8 @@ async fn stored(server: &Arc<Server>, body: &mut Body) -> ApiResult<String> {
         }
         if end {
             let store = Arc::clone(&server.media);
-            let id = aside(move || store.finish_upload(upload)).await?;
-            let id = id.map_err(|e| refusal(e, "file", true))?;
-            return Ok(id.as_str().to_owned());
+            let uploaded = aside(move || store.finish_upload(upload)).await?;
+            return uploaded.map_err(|e| refusal(e, "file", true));
         }
     }
 }

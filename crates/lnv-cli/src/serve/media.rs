@@ -388,7 +388,7 @@ impl MediaStore {
     pub fn add(&self, bytes: &[u8]) -> Result<MediaId, MediaError> {
         let mut upload = self.begin_upload()?;
         upload.write(bytes)?;
-        self.finish_upload(upload)
+        Ok(self.finish_upload(upload)?.id)
     }
 
     /// Begins an upload that comes in pieces.
@@ -405,12 +405,19 @@ impl MediaStore {
     ///
     /// # Errors
     /// No room, or nothing was written.
-    pub fn finish_upload(&self, upload: Upload) -> Result<MediaId, MediaError> {
+    pub fn finish_upload(&self, upload: Upload) -> Result<Uploaded, MediaError> {
         let blob = upload.0.finish()?;
         let id = MediaId::of(&blob.digest);
         let bytes = blob.bytes;
-        held(&self.uploads).insert(id.clone(), Arc::new(blob), bytes);
-        Ok(id)
+        let mut uploads = held(&self.uploads);
+        let is_new = uploads.get(&id).is_none();
+        uploads.insert(id.clone(), Arc::new(blob), bytes);
+        Ok(Uploaded { id, is_new })
+    }
+
+    /// Keeps an upload no longer.
+    pub fn remove(&self, id: &MediaId) {
+        held(&self.uploads).remove(id);
     }
 
     /// As what an upload is best shown: pictures are told from films by their first bytes.
@@ -492,6 +499,14 @@ impl MediaStore {
         out.write(bytes)?;
         Ok(Arc::new(out.finish()?))
     }
+}
+
+/// An upload that is kept.
+pub struct Uploaded {
+    /// Its name.
+    pub id: MediaId,
+    /// Whether it was not there before.
+    pub is_new: bool,
 }
 
 /// An upload on its way in. Dropped before its end it leaves nothing.

@@ -53,7 +53,7 @@ pub struct Metrics {
 type Told = fn(&Server, &ServiceStats) -> f64;
 
 /// What the engine, the system and the gates say.
-const TOLD: [(&str, &str, Told); 28] = [
+const TOLD: [(&str, &str, Told); 29] = [
     (
         "lnv_requests_waiting",
         "Requests that wait for the engine",
@@ -156,6 +156,11 @@ const TOLD: [(&str, &str, Told); 28] = [
         "lnv_media_bytes",
         "Bytes of media that are kept",
         |server, _| server.media.stats().bytes as f64,
+    ),
+    (
+        "lnv_upload_bytes",
+        "Bytes of uploads that are kept",
+        |server, _| server.media.stats().upload_bytes as f64,
     ),
     ("lnv_media_hits", "Media found in the cache", |server, _| {
         server.media.stats().hits as f64

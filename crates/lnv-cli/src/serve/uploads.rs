@@ -47,9 +47,17 @@ pub async fn add(
             "video" => Some(MediaKind::Video),
             _ => None,
         });
-        let id = body::store(&server, request).await?;
+        let uploaded = body::store(&server, request).await?;
+        let id = uploaded.id.as_str().to_owned();
         // A GIF is sent as a picture and may be wanted as a clip: the bytes decide where nothing is asked.
-        shown(&server, id, wish, kind, told).await
+        let answer = shown(&server, id, wish, kind, told).await;
+        // What cannot be shown cannot be asked about: it does not push out what can. Where only the wish for
+        // its frames was wrong it stays, to be looked at again.
+        let about_the_file = |error: &ApiError| error.param.as_deref() == Some("file");
+        if uploaded.is_new && answer.as_ref().err().is_some_and(about_the_file) {
+            server.media.remove(&uploaded.id);
+        }
+        answer
     };
     within(&server, deadline, work).await
 }

@@ -330,6 +330,11 @@ fn a_file_that_was_sent_is_shown_and_asked_about() {
     server
         .send("/v1/media", "video/mp4", b"")
         .refuses(400, Some("file"));
+    let kept = server.metric("lnv_upload_bytes");
+    server
+        .send("/v1/media", "video/mp4", &[7; 5000])
+        .refuses(400, Some("file"));
+    assert_eq!(server.metric("lnv_upload_bytes"), kept);
     let unknown = format!("/v1/media/media:{}", "0".repeat(64));
     server.get(&unknown).refuses(404, Some("id"));
 }

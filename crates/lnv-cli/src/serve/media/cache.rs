@@ -65,7 +65,8 @@ impl<K: Eq + Hash + Clone, V: Clone> Budgeted<K, V> {
         self.values.insert(key, (self.clock, bytes, value));
     }
 
-    fn remove(&mut self, key: &K) {
+    /// Keeps the value of `key` no longer.
+    pub(super) fn remove(&mut self, key: &K) {
         if let Some((used, bytes, _)) = self.values.remove(key) {
             self.by_use.remove(&used);
             self.bytes -= bytes;

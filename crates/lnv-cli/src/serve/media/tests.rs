@@ -196,8 +196,12 @@ fn an_upload_in_pieces_is_the_whole_and_bounded() {
     let mut upload = store.begin_upload().unwrap();
     upload.write(b"ab").unwrap();
     upload.write(b"cd").unwrap();
-    let id = store.finish_upload(upload).unwrap();
-    assert_eq!(id, store.add(b"abcd").unwrap());
+    let uploaded = store.finish_upload(upload).unwrap();
+    assert!(uploaded.is_new);
+    assert_eq!(uploaded.id, store.add(b"abcd").unwrap());
+    let mut again = store.begin_upload().unwrap();
+    again.write(b"abcd").unwrap();
+    assert!(!store.finish_upload(again).unwrap().is_new);
     let mut upload = store.begin_upload().unwrap();
     upload.write(&[0; 100]).unwrap();
     assert_eq!(

@@ -119,7 +119,7 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         _ => 0,
     };
     let loaded = options.load(pipeline.config.clone(), &pipeline.files, frames)?;
-    let mut engine = engine(args, loaded.model, &pipeline);
+    let mut engine = engine(args, loaded.model, &pipeline)?;
     let features = features(args, &engine)?;
     if let Some(features) = &features {
         engine.set_feature_store(Arc::clone(features));
@@ -208,12 +208,17 @@ fn check(args: &ServeArgs) -> Result<()> {
 }
 
 /// The engine with its memory: as asked for, or a share of what the machine has left.
-fn engine(args: &ServeArgs, model: LlavaNextVideoModel, pipeline: &Pipeline) -> Engine {
+fn engine(args: &ServeArgs, model: LlavaNextVideoModel, pipeline: &Pipeline) -> Result<Engine> {
     let block = model.language_model().new_cache(1).bytes().max(1);
     let context = context_length(&model.config().text_config);
     let longest = context.min(MAX_AUTO_CONTEXT).div_ceil(KV_BLOCK);
+    let least = (longest + 1).saturating_mul(block).div_ceil(1 << 20);
     let bytes = match args.limits.kv_cache_mib {
-        Some(mib) => mib << 20,
+        Some(mib) if mib < least => bail!(
+            "--kv-cache-mib is {mib}, but one prompt of {} tokens takes {least}: give at least {least}",
+            longest * KV_BLOCK
+        ),
+        Some(mib) => mib.saturating_mul(1 << 20),
         None => memory::available().unwrap_or(1 << 32) as usize / KV_SHARE,
     };
     let usual = EngineLimits::default();
@@ -224,7 +229,8 @@ fn engine(args: &ServeArgs, model: LlavaNextVideoModel, pipeline: &Pipeline) -> 
         feature_bytes: args.limits.feature_cache_mib << 20,
         ..usual
     };
-    Engine::with_limits(Arc::new(model), pipeline.generation.clone(), limits)
+    let (model, defaults) = (Arc::new(model), pipeline.generation.clone());
+    Ok(Engine::with_limits(model, defaults, limits))
 }
 
 /// The directory of features, if there is to be one.

@@ -765,4 +765,7 @@ fn nonsense_on_the_command_line_is_refused_before_anything_is_loaded() {
     run(&["serve", "--port", "0", "--max-frames", "0"]).refuses(1, &["--max-frames is 0"]);
     run(&["serve", "--port", "0", "--api-key", ""]).refuses(1, &["API key"]);
     run(&["serve", "--host", "nowhere"]).refuses(2, &["--host"]);
+    // What a prompt takes is known only with the model; it is refused, not raised in silence.
+    run(&["serve", "--port", "0", "--kv-cache-mib", "1"])
+        .refuses(1, &["--kv-cache-mib is 1", "give at least"]);
 }

@@ -279,7 +279,7 @@ def one_who_leaves_frees_everything(client, server):
                 break
         stream.close()
     now = server.quiet()
-    assert now["lnv_requests_failed"] == before["lnv_requests_failed"]
+    assert now["lnv_requests_failed_total"] == before["lnv_requests_failed_total"]
 
 
 def a_key_is_wanted_where_one_is_set():
@@ -337,8 +337,8 @@ def a_long_answer_is_left_midway(client, server):
     start = time.monotonic()
     stream.close()
     after = server.quiet(within_s=5)
-    assert after["lnv_requests_cancelled"] == before["lnv_requests_cancelled"] + 1, after
-    assert after["lnv_generation_tokens"] - before["lnv_generation_tokens"] < 100
+    assert after["lnv_requests_cancelled_total"] == before["lnv_requests_cancelled_total"] + 1, after
+    assert after["lnv_generation_tokens_total"] - before["lnv_generation_tokens_total"] < 100
     return f"free after {time.monotonic() - start:.2f} s"
 
 

@@ -3,7 +3,7 @@
 //! Decision: the engine counts for itself; its figures are read at the moment of asking, so that nothing
 //! is counted twice. Labels are routes and status codes only: nothing that a client may write at will.
 
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use llava_next_video::engine::ServiceStats;
 use prometheus_client::encoding::{EncodeLabelSet, text::encode};
@@ -14,6 +14,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
 use super::log::Entry;
+use super::media::MediaStats;
 use super::state::Server;
 use crate::memory;
 
@@ -46,142 +47,165 @@ pub struct Metrics {
     pub connections: Gauge,
     /// Connections that were turned away.
     pub connections_refused: Counter,
-    told: Vec<(Number, Told)>,
+    counted: Vec<(Counter, Told<u64>)>,
+    told: Vec<(Number, Told<f64>)>,
 }
 
 /// A figure that is asked for when it is told.
-type Told = fn(&Server, &ServiceStats) -> f64;
+type Told<T> = fn(&Server, &ServiceStats, &MediaStats) -> T;
 
-/// What the engine, the system and the gates say.
-const TOLD: [(&str, &str, Told); 29] = [
-    (
-        "lnv_requests_waiting",
-        "Requests that wait for the engine",
-        |_, s| s.waiting as f64,
-    ),
-    (
-        "lnv_requests_running",
-        "Requests that the engine runs",
-        |_, s| s.running as f64,
-    ),
-    (
-        "lnv_batch_sequences",
-        "Sequences that decode now",
-        |_, s| s.batch as f64,
-    ),
-    (
-        "lnv_requests_answered",
-        "Requests answered by the engine",
-        |_, s| s.answered as f64,
-    ),
-    ("lnv_requests_cancelled", "Requests cancelled", |_, s| {
-        s.cancelled as f64
-    }),
-    (
-        "lnv_requests_failed",
-        "Requests that ended with an error",
-        |_, s| s.failed as f64,
-    ),
-    (
-        "lnv_requests_preempted",
-        "Requests put back for want of memory",
-        |_, s| s.preempted as f64,
-    ),
-    ("lnv_prompt_tokens", "Prompt tokens", |_, s| {
-        s.prompt_tokens as f64
-    }),
-    (
-        "lnv_prompt_tokens_cached",
-        "Prompt tokens found in the cache",
-        |_, s| s.cached_tokens as f64,
-    ),
-    ("lnv_generation_tokens", "New tokens", |_, s| {
-        s.new_tokens as f64
-    }),
-    ("lnv_engine_steps", "Steps of the engine", |_, s| {
-        s.steps as f64
-    }),
-    (
-        "lnv_features_found",
-        "Pictures whose features were in the cache",
-        |_, s| s.features_found as f64,
-    ),
-    (
-        "lnv_features_encoded",
-        "Pictures that were encoded",
-        |_, s| s.features_encoded as f64,
-    ),
-    (
-        "lnv_features_bytes",
-        "Bytes of features that are kept",
-        |_, s| s.features_bytes as f64,
-    ),
+/// What the engine and the store have counted since the start; their names end in `_total`.
+const COUNTED: [(&str, &str, Told<u64>); 15] = [
     (
         "lnv_features_read",
         "Pictures whose features were read from disk",
-        |_, s| s.features_read as f64,
+        |_, s, _| s.features_read as u64,
     ),
     (
         "lnv_features_written",
         "Pictures whose features were written to disk",
-        |_, s| s.features_on_disk.written as f64,
+        |_, s, _| s.features_on_disk.written as u64,
     ),
     (
         "lnv_features_unwritten",
         "Pictures whose features the disk did not take",
-        |_, s| s.features_on_disk.unwritten as f64,
+        |_, s, _| s.features_on_disk.unwritten as u64,
+    ),
+    (
+        "lnv_requests_answered",
+        "Requests answered by the engine",
+        |_, s, _| s.answered as u64,
+    ),
+    ("lnv_requests_cancelled", "Requests cancelled", |_, s, _| {
+        s.cancelled as u64
+    }),
+    (
+        "lnv_requests_failed",
+        "Requests that ended with an error",
+        |_, s, _| s.failed as u64,
+    ),
+    (
+        "lnv_requests_preempted",
+        "Requests put back for want of memory",
+        |_, s, _| s.preempted as u64,
+    ),
+    ("lnv_prompt_tokens", "Prompt tokens", |_, s, _| {
+        s.prompt_tokens as u64
+    }),
+    (
+        "lnv_prompt_tokens_cached",
+        "Prompt tokens found in the cache",
+        |_, s, _| s.cached_tokens as u64,
+    ),
+    ("lnv_generation_tokens", "New tokens", |_, s, _| {
+        s.new_tokens as u64
+    }),
+    ("lnv_engine_steps", "Steps of the engine", |_, s, _| {
+        s.steps as u64
+    }),
+    (
+        "lnv_features_found",
+        "Pictures whose features were in the cache",
+        |_, s, _| s.features_found as u64,
+    ),
+    (
+        "lnv_features_encoded",
+        "Pictures that were encoded",
+        |_, s, _| s.features_encoded as u64,
+    ),
+    ("lnv_media_hits", "Media found in the cache", |_, _, m| {
+        m.hits
+    }),
+    ("lnv_media_misses", "Media that were decoded", |_, _, m| {
+        m.misses
+    }),
+];
+
+/// What the engine, the store, the system and the gates have now.
+const TOLD: [(&str, &str, Told<f64>); 18] = [
+    (
+        "lnv_requests_waiting",
+        "Requests that wait for the engine",
+        |_, s, _| s.waiting as f64,
+    ),
+    (
+        "lnv_requests_running",
+        "Requests that the engine runs",
+        |_, s, _| s.running as f64,
+    ),
+    (
+        "lnv_batch_sequences",
+        "Sequences that decode now",
+        |_, s, _| s.batch as f64,
+    ),
+    (
+        "lnv_features_bytes",
+        "Bytes of features that are kept",
+        |_, s, _| s.features_bytes as f64,
     ),
     (
         "lnv_features_disk_bytes",
         "Bytes of features on disk",
-        |_, s| s.features_on_disk.bytes as f64,
+        |_, s, _| s.features_on_disk.bytes as f64,
     ),
     (
         "lnv_cache_blocks_in_use",
         "Cache blocks that sequences hold",
-        |_, s| s.blocks_in_use as f64,
+        |_, s, _| s.blocks_in_use as f64,
     ),
     (
         "lnv_cache_blocks_kept",
         "Cache blocks that a prefix may find",
-        |_, s| s.blocks_kept as f64,
+        |_, s, _| s.blocks_kept as f64,
     ),
-    ("lnv_cache_blocks", "Cache blocks there may be", |_, s| {
-        s.blocks as f64
-    }),
-    ("lnv_cache_bytes", "Bytes of keys and values", |_, s| {
+    (
+        "lnv_cache_blocks",
+        "Cache blocks there may be",
+        |_, s, _| s.blocks as f64,
+    ),
+    ("lnv_cache_bytes", "Bytes of keys and values", |_, s, _| {
         s.cache_bytes as f64
     }),
     (
         "lnv_media_bytes",
-        "Bytes of media that are kept",
-        |server, _| server.media.stats().bytes as f64,
+        "Bytes of decoded media that are kept",
+        |_, _, m| m.bytes as f64,
+    ),
+    (
+        "lnv_decode_bytes",
+        "Bytes that decodes may take and decoded media under way have",
+        |_, _, m| m.decode_bytes as f64,
     ),
     (
         "lnv_upload_bytes",
         "Bytes of uploads that are kept",
-        |server, _| server.media.stats().upload_bytes as f64,
+        |_, _, m| m.upload_bytes as f64,
     ),
-    ("lnv_media_hits", "Media found in the cache", |server, _| {
-        server.media.stats().hits as f64
+    ("lnv_media_fetching", "Fetches that run", |_, _, m| {
+        m.fetching as f64
     }),
-    ("lnv_media_misses", "Media that were read", |server, _| {
-        server.media.stats().misses as f64
+    ("lnv_media_decoding", "Decodes that run", |_, _, m| {
+        m.decoding as f64
     }),
     (
         "lnv_media_preparing_free",
         "Free places for reading media",
-        |server, _| server.gates.preparing.available_permits() as f64,
+        |server, _, _| server.gates.preparing.available_permits() as f64,
+    ),
+    (
+        "lnv_engine_broken",
+        "1 after a bug has ended the engine",
+        |server, _, _| f64::from(u8::from(server.service.is_broken())),
     ),
     (
         "process_resident_memory_bytes",
         "Memory of the process",
-        |_, _| memory::resident().unwrap_or(0) as f64,
+        |_, _, _| memory::resident().unwrap_or(0) as f64,
     ),
     (
         "process_resident_memory_peak_bytes",
         "Most memory of the process at once",
-        |_, _| memory::peak().unwrap_or(0) as f64,
+        |_, _, _| memory::peak().unwrap_or(0) as f64,
     ),
 ];
 
@@ -227,6 +251,12 @@ impl Metrics {
             "Connections beyond the limit",
             connections_refused.clone(),
         );
+        let mut counted = Vec::new();
+        for (name, help, read) in COUNTED {
+            let counter = Counter::default();
+            registry.register(name, help, counter.clone());
+            counted.push((counter, read));
+        }
         let mut told = Vec::new();
         for (name, help, read) in TOLD {
             let gauge = Number::default();
@@ -241,6 +271,7 @@ impl Metrics {
             queue,
             connections,
             connections_refused,
+            counted,
             told,
         }
     }
@@ -268,8 +299,14 @@ impl Metrics {
     /// All of it, as text.
     pub fn text(&self, server: &Server) -> String {
         let stats = server.service.stats();
+        let media = server.media.stats();
+        for (counter, read) in &self.counted {
+            // The count is another's: it is taken over, not added to, and never falls.
+            let count = read(server, &stats, &media);
+            counter.inner().fetch_max(count, Ordering::Relaxed);
+        }
         for (gauge, read) in &self.told {
-            gauge.set(read(server, &stats));
+            gauge.set(read(server, &stats, &media));
         }
         let mut text = String::new();
         // Writing to a String does not fail.

@@ -366,7 +366,7 @@ fn many_questions_take_one_place_and_are_all_answered_by_a_server_that_stops() {
     let answer = std::thread::scope(|scope| {
         let answer = scope.spawn(|| server.post("/v1/videos/questions", &body));
         let until = Instant::now() + Duration::from_secs(30);
-        while server.metric("lnv_requests_answered") < 2.0 {
+        while server.metric("lnv_requests_answered_total") < 2.0 {
             assert!(Instant::now() < until);
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -663,7 +663,7 @@ fn decoded_media_have_one_budget_however_many_are_named() {
     // One decoded picture has 95 MiB.
     let answer = server.chat(&of_pictures(&[&red; 10]));
     assert!(matches!(answer.status, 200 | 400), "{}", answer.text);
-    assert_eq!(server.metric("lnv_media_misses"), 1.0);
+    assert_eq!(server.metric("lnv_media_misses_total"), 1.0);
     assert!(peak() - before < 300.0, "{} MiB more", peak() - before);
     let body = of_pictures(&[&red, &black, &red, &black]);
     let answers: Vec<Answered> = std::thread::scope(|scope| {

@@ -311,6 +311,9 @@ pub struct ServeArgs {
     /// Let pages of this origin ask too, such as `https://example.org`; `*` for all.
     #[arg(long, value_name = "ORIGIN")]
     pub allow_origin: Vec<String>,
+    /// Tell clients apart by X-Forwarded-For; only behind a proxy that sets it itself.
+    #[arg(long)]
+    pub trust_proxy: bool,
     /// Name that this server may be asked by, besides addresses and localhost; may be given several times.
     #[arg(long, value_name = "NAME")]
     pub allow_host: Vec<String>,

@@ -284,6 +284,7 @@ fn settings(args: &ServeArgs) -> Settings {
         api_key: args.api_key.clone(),
         origins: args.allow_origin.clone(),
         hosts: hosts(args),
+        trust_proxy: args.trust_proxy,
         max_body: args.limits.max_body_mib << 20,
         max_upload: args.media.max_media_mib << 20,
         timeout: Duration::from_secs(args.limits.request_timeout),

@@ -147,16 +147,25 @@ pub async fn constraints(
     }
 }
 
-/// Whose question it is, for taking turns: an address; where keys keep strangers out, the user it names.
+/// Whose question it is, for taking turns: an address, as a proxy tells it where one is trusted; where keys
+/// keep strangers out, the user it names. Whoever could choose it freely would have as many turns as names.
 pub fn client(server: &Server, peer: Option<Peer>, headers: &HeaderMap, user: Option<&str>) -> u64 {
+    let settings = &server.settings;
+    let user = user.filter(|_| settings.api_key.is_some());
+    let forwarded = match settings.trust_proxy {
+        true => forwarded(headers),
+        false => None,
+    };
     use std::hash::{DefaultHasher, Hash, Hasher};
     let mut hasher = DefaultHasher::new();
-    peer.map(|peer| peer.0).hash(&mut hasher);
-    if server.settings.api_key.is_some() {
-        user.hash(&mut hasher);
-        headers.get("x-forwarded-for").hash(&mut hasher);
-    }
+    (peer.map(|peer| peer.0), user, forwarded).hash(&mut hasher);
     hasher.finish()
+}
+
+/// The address that the proxy itself has seen: the last one. Those before are the client's words.
+fn forwarded(headers: &HeaderMap) -> Option<&str> {
+    let last = headers.get_all("x-forwarded-for").iter().next_back()?;
+    last.to_str().ok()?.rsplit(',').next().map(str::trim)
 }
 
 /// Seconds since 1970.
@@ -313,4 +322,21 @@ pub fn timings(generation: &Generation, media_s: f64) -> Value {
         "decode_s": t.decode_s,
         "decode_steps": t.decode_steps,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::http::HeaderValue;
+
+    #[test]
+    fn of_forwarded_addresses_the_proxys_own_counts() {
+        let mut headers = HeaderMap::new();
+        assert_eq!(forwarded(&headers), None);
+        let lines = ["1.1.1.1", "2.2.2.2, 203.0.113.9"];
+        for line in lines {
+            headers.append("x-forwarded-for", HeaderValue::from_static(line));
+        }
+        assert_eq!(forwarded(&headers), Some("203.0.113.9"));
+    }
 }

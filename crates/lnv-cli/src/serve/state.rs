@@ -31,6 +31,8 @@ pub struct Settings {
     pub origins: Vec<String>,
     /// Names that the server may be called by, besides addresses and localhost; `None` where any will do.
     pub hosts: Option<Vec<String>>,
+    /// Whether X-Forwarded-For tells whose a request is.
+    pub trust_proxy: bool,
     /// Bytes of a JSON body.
     pub max_body: usize,
     /// Bytes of an uploaded file.

@@ -295,6 +295,8 @@ fn media_schema() -> Value {
             "total_frames": {"type": ["integer", "null"]},
             "fps": {"type": ["number", "null"]},
             "tokens": {"type": "integer", "description": "What it takes of the context."},
+            "max_frames": {"type": ["integer", "null"],
+                           "description": "Most frames that may be asked of this clip."},
             "notes": {"type": "array", "items": {"type": "string"}},
             "frames": {"type": "array", "items": {
                 "type": "object",

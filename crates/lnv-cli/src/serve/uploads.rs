@@ -157,6 +157,8 @@ fn told_of(server: &Server, id: &str, kind: MediaKind, media: &Described) -> Api
         "total_frames": media.total_frames,
         "fps": media.fps,
         "tokens": tokens,
+        // Beyond this num_frames is refused.
+        "max_frames": media.total_frames.map(|total| total.min(server.settings.media.max_frames)),
         "notes": media.notes,
         "frames": media.frames.iter().map(frame).collect::<Vec<_>>(),
     }))

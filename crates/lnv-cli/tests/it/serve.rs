@@ -330,6 +330,14 @@ fn a_file_that_was_sent_is_shown_and_asked_about() {
     server
         .send("/v1/media", "video/mp4", b"")
         .refuses(400, Some("file"));
+    let clip = server
+        .send("/v1/media", "video/mp4", &demo("left.mp4"))
+        .json();
+    assert!(clip["max_frames"].as_u64() <= clip["total_frames"].as_u64());
+    let (id, most) = (clip["id"].as_str().unwrap(), &clip["max_frames"]);
+    let look = |n: u64| server.get(&format!("/v1/media/{id}?num_frames={n}"));
+    assert_eq!(look(most.as_u64().unwrap()).status, 200);
+    look(most.as_u64().unwrap() + 1).refuses(400, Some("num_frames"));
     let kept = server.metric("lnv_upload_bytes");
     server
         .send("/v1/media", "video/mp4", &[7; 5000])

@@ -11,7 +11,7 @@ import { Problem, answer, key, modelName, onKeyWanted, stopped } from './server.
 const $ = (id) => document.getElementById(id);
 const SETTINGS = 'lnv-settings';
 const CHAT = 'lnv-chat';
-const DEFAULTS = { system: '', frames: 8, maxTokens: '', temperature: '' };
+const DEFAULTS = { system: '', frames: '', maxTokens: '', temperature: '' };
 const IDEAS = ['What happens in this video?', 'Describe the video.', 'How many are there?'];
 const DEMO_IDEAS = ['Which way does it move?', 'What colour is it?', 'Describe the video.'];
 
@@ -61,7 +61,7 @@ const say = (message) => ($('spoken').textContent = message);
 function addFiles(files) {
   for (const file of files) {
     if (!file.size) tell(`${file.name} is empty or a folder.`);
-    else addMedium(new Medium({ file, frames: settings.frames }));
+    else addMedium(new Medium({ file, frames: Number(settings.frames) || null }));
   }
   $('question').focus();
 }
@@ -260,7 +260,7 @@ function saveSettings() {
   const fields = $('settings').querySelector('form').elements;
   settings = {
     system: fields.system.value,
-    frames: fields.frames.valueAsNumber,
+    frames: fields.frames.value,
     maxTokens: fields.maxTokens.value,
     temperature: fields.temperature.value,
   };

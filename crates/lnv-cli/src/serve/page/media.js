@@ -9,6 +9,7 @@ import { Problem, describe, stopped, upload } from './server.js';
 
 /** Changes of the frame count come in bursts. */
 const SETTLE_MS = 250;
+/** Where the server does not say how many frames may be asked for. */
 const MAX_FRAMES = 512;
 
 const kindOf = (file) => /^(video|image)\//.exec(file.type)?.[1] ?? null;
@@ -25,8 +26,11 @@ const pause = (ms, signal) =>
 export class Medium extends EventTarget {
   #job = null;
 
-  /** From a file that was just chosen (`frames`: how many of a video), or as `kept()` gave it. */
-  constructor({ file = null, frames = 8, kept = null }) {
+  /**
+   * From a file that was just chosen, or as `kept()` gave it. `frames`: how many of a video, where a person
+   * has said so; else as many as the server takes by itself, which a short clip need not have.
+   */
+  constructor({ file = null, frames = null, kept = null }) {
     super();
     this.file = file;
     this.name = file?.name || kept?.name || 'pasted';
@@ -77,6 +81,17 @@ export class Medium extends EventTarget {
   }
 
   async #upload(signal) {
+    try {
+      await this.#put(signal);
+    } catch (error) {
+      // A number from the settings that this clip has no frames for.
+      if (error.param !== 'num_frames' || this.sampling.num_frames == null) throw error;
+      this.sampling.num_frames = null;
+      await this.#put(signal);
+    }
+  }
+
+  async #put(signal) {
     this.progress = 0;
     const about = await upload(this.file, this.kind, this.#query(), signal, (share) => {
       this.progress = share;
@@ -262,28 +277,34 @@ export function mediumCard(medium, view, remove) {
 }
 
 function samplingControls(medium) {
+  const most = medium.about.max_frames ?? MAX_FRAMES;
+  const chosen = () => medium.sampling.num_frames ?? medium.about.frames.length;
   const frames = el('input', {
     type: 'number',
     inputMode: 'numeric',
     min: 1,
-    max: MAX_FRAMES,
-    value: medium.sampling.num_frames,
+    max: most,
+    value: chosen(),
     ariaLabel: `Frames of ${medium.name}`,
   });
   const choose = (value) => {
-    const wanted = Math.min(Math.max(Math.round(value) || 1, 1), MAX_FRAMES);
-    if (wanted === medium.sampling.num_frames) return;
+    const wanted = Math.min(Math.max(Math.round(value) || 1, 1), most);
+    if (wanted === chosen()) return;
     medium.sample({ num_frames: wanted });
   };
   frames.oninput = () => frames.value && choose(frames.valueAsNumber);
   frames.onchange = () => {
     choose(frames.valueAsNumber);
-    frames.value = medium.sampling.num_frames;
+    frames.value = chosen();
   };
   const step = (by) => () => {
-    choose(medium.sampling.num_frames + by);
-    frames.value = medium.sampling.num_frames;
+    choose(chosen() + by);
+    frames.value = chosen();
   };
+  // Of another part of the clip the server may take another number.
+  medium.addEventListener('change', () => {
+    if (medium.sampling.num_frames == null) frames.value = chosen();
+  });
   const counter = el(
     'div',
     { className: 'counter', role: 'group', ariaLabel: 'Frames' },

@@ -6,10 +6,11 @@ const KEY = 'lnv-api-key';
 
 /** An error whose message is meant for a person. */
 export class Problem extends Error {
-  constructor(message, { status = 0, code = null } = {}) {
+  constructor(message, { status = 0, code = null, param = null } = {}) {
     super(message);
     this.status = status;
     this.code = code;
+    this.param = param;
   }
 }
 
@@ -49,6 +50,7 @@ function problem(status, text, retryAfter) {
   }
   const own = sentence(typeof error === 'string' ? error : error?.message);
   const code = error?.code ?? null;
+  const param = error?.param ?? null;
   const wait = Number(retryAfter) > 0 ? ` Try again in ${retryAfter} s.` : ' Try again in a moment.';
   const plain = {
     401: own ?? 'The server did not take the API key.',
@@ -56,7 +58,11 @@ function problem(status, text, retryAfter) {
     429: `The server is busy.${wait}`,
     503: `The server is not ready.${wait}`,
   }[status];
-  return new Problem(plain ?? own ?? `The server answered with status ${status}.`, { status, code });
+  return new Problem(plain ?? own ?? `The server answered with status ${status}.`, {
+    status,
+    code,
+    param,
+  });
 }
 
 const unreachable = () => new Problem('The server cannot be reached. Is it still running?');

@@ -408,16 +408,21 @@ impl MediaStore {
     pub fn finish_upload(&self, upload: Upload) -> Result<Uploaded, MediaError> {
         let blob = upload.0.finish()?;
         let id = MediaId::of(&blob.digest);
-        let bytes = blob.bytes;
+        let (bytes, blob) = (blob.bytes, Arc::new(blob));
         let mut uploads = held(&self.uploads);
         let is_new = uploads.get(&id).is_none();
-        uploads.insert(id.clone(), Arc::new(blob), bytes);
-        Ok(Uploaded { id, is_new })
+        uploads.insert(id.clone(), Arc::clone(&blob), bytes);
+        Ok(Uploaded { id, is_new, blob })
     }
 
-    /// Keeps an upload no longer.
-    pub fn remove(&self, id: &MediaId) {
-        held(&self.uploads).remove(id);
+    /// Keeps an upload no longer, unless the same bytes were there before, or have been sent again since:
+    /// whoever sent them then is still looking at them.
+    pub fn take_back(&self, uploaded: &Uploaded) {
+        let mut uploads = held(&self.uploads);
+        let own = uploads.get(&uploaded.id);
+        if uploaded.is_new && own.is_some_and(|blob| Arc::ptr_eq(&blob, &uploaded.blob)) {
+            uploads.remove(&uploaded.id);
+        }
     }
 
     /// As what an upload is best shown: pictures are told from films by their first bytes.
@@ -507,6 +512,7 @@ pub struct Uploaded {
     pub id: MediaId,
     /// Whether it was not there before.
     pub is_new: bool,
+    blob: Arc<Blob>,
 }
 
 /// An upload on its way in. Dropped before its end it leaves nothing.

@@ -54,8 +54,8 @@ pub async fn add(
         // What cannot be shown cannot be asked about: it does not push out what can. Where only the wish for
         // its frames was wrong it stays, to be looked at again.
         let about_the_file = |error: &ApiError| error.param.as_deref() == Some("file");
-        if uploaded.is_new && answer.as_ref().err().is_some_and(about_the_file) {
-            server.media.remove(&uploaded.id);
+        if answer.as_ref().err().is_some_and(about_the_file) {
+            server.media.take_back(&uploaded);
         }
         answer
     };

@@ -210,6 +210,7 @@ fn an_upload_in_pieces_is_the_whole_and_bounded() {
     );
     drop(upload);
     assert_eq!(store.add(b"").unwrap_err().kind, MediaErrorKind::Invalid);
+    drop(uploaded);
     assert_eq!(files(&store), 1);
 }
 
@@ -411,4 +412,32 @@ fn a_failure_is_not_remembered() {
     );
     assert!(store.load(&source).is_ok());
     assert_eq!(files(&store), 0);
+}
+
+#[test]
+fn an_upload_is_taken_back_unless_others_have_sent_the_same() {
+    let store = store(quick());
+    let send = || {
+        let mut upload = store.begin_upload().unwrap();
+        upload.write(b"no picture").unwrap();
+        store.finish_upload(upload).unwrap()
+    };
+    let (first, second) = (send(), send());
+    store.take_back(&first);
+    assert_eq!(store.kind_of(second.id.as_str()).unwrap(), MediaKind::Video);
+    store.take_back(&second);
+    assert!(
+        store.kind_of(second.id.as_str()).is_ok(),
+        "it was there before"
+    );
+    drop((first, second));
+    let store = self::store(quick());
+    let mut upload = store.begin_upload().unwrap();
+    upload.write(b"no picture").unwrap();
+    let alone = store.finish_upload(upload).unwrap();
+    store.take_back(&alone);
+    assert_eq!(
+        store.kind_of(alone.id.as_str()).unwrap_err().kind,
+        MediaErrorKind::NotFound
+    );
 }

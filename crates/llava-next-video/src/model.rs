@@ -27,7 +27,9 @@ pub use forward::{
     ForwardInputs, ForwardOptions, ForwardOutput, ForwardSource, IGNORE_INDEX, LogitsToKeep,
     PastKeyValues, Values,
 };
+pub(crate) use language_model::pick;
 pub use language_model::{default_kv_dtype, kv_bytes_per_token};
+pub(crate) use llava_next_video::numbers;
 pub use llava_next_video::{
     EmbeddedRow, InputsEmbeds, LlavaNextVideoModel, LoadOptions, OnBytes, Placed,
 };

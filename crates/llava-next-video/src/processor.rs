@@ -201,12 +201,8 @@ impl LlavaNextVideoProcessor {
             spans,
             options,
         } = self.rendered(conversations, template, options)?;
-        let (inputs, masks) = self.process_spans(&texts, &spans, images, videos, &options)?;
-        Ok(Processed {
-            inputs,
-            rendered: texts,
-            assistant_masks: template.return_assistant_spans.then_some(masks),
-        })
+        let rows = self.process_spans(&texts, &spans, images, videos, &options)?;
+        Ok(processed(texts, rows, template))
     }
 
     /// The same with media that were scaled before, by [`LlavaNextVideoProcessor::scale_image`] and
@@ -230,12 +226,8 @@ impl LlavaNextVideoProcessor {
         } = self.rendered(conversations, template, options)?;
         let counts = (images.len(), videos.len());
         let encoded = self.encode_all(&texts, counts, &options)?;
-        let (inputs, masks) = self.rows(encoded, &spans, images, videos, &options)?;
-        Ok(Processed {
-            inputs,
-            rendered: texts,
-            assistant_masks: template.return_assistant_spans.then_some(masks),
-        })
+        let rows = self.rows(encoded, &spans, images, videos, &options)?;
+        Ok(processed(texts, rows, template))
     }
 
     /// One image as the model takes it.
@@ -550,6 +542,19 @@ impl LlavaNextVideoProcessor {
         row.ids.truncate(limit);
         row.assistant.truncate(limit);
         Ok(())
+    }
+}
+
+/// Prompts as they were rendered, and what became of them.
+fn processed(
+    rendered: Vec<String>,
+    (inputs, masks): (ModelInputs, Vec<Vec<bool>>),
+    template: &TemplateOptions,
+) -> Processed {
+    Processed {
+        inputs,
+        rendered,
+        assistant_masks: template.return_assistant_spans.then_some(masks),
     }
 }
 

@@ -98,8 +98,7 @@ impl BlockManager {
         }
     }
 
-    /// True where a block has more than one owner, or its content is known to others: it must not be
-    /// written to before its end. (A full block is never written to.)
+    /// True where a block has more than one owner.
     pub fn is_shared(&self, block: u32) -> bool {
         self.owners[block as usize] > 1
     }
@@ -125,14 +124,15 @@ impl BlockManager {
 
     /// Makes a block's content known, unless another block has the same.
     pub fn publish(&mut self, block: u32, content: Content) {
+        if content
+            .name
+            .is_some_and(|name| self.by_name.contains_key(&name))
+        {
+            return;
+        }
+        self.forget(block);
         if let Some(name) = content.name {
-            if self.by_name.contains_key(&name) {
-                return;
-            }
-            self.forget(block);
             self.by_name.insert(name, block);
-        } else {
-            self.forget(block);
         }
         let siblings = self.by_parent.entry(content.parent).or_default();
         siblings.push(block);
@@ -179,12 +179,6 @@ impl BlockManager {
             .map(common)
             .filter(|(_, same)| *same > 0)
             .max_by_key(|(_, same)| *same)
-    }
-
-    /// Forgets all content: what is kept is free.
-    pub fn forget_all(&mut self) {
-        let all: Vec<u32> = self.contents.keys().copied().collect();
-        all.into_iter().for_each(|block| self.forget(block));
     }
 }
 
@@ -267,7 +261,7 @@ mod tests {
         assert_eq!(blocks.find(&[1; 32]), Some(a));
         blocks.release(&[a, b]);
         assert_eq!((blocks.kept(), blocks.available()), (1, 2));
-        blocks.forget_all();
+        blocks.forget(a);
         assert_eq!((blocks.kept(), blocks.available()), (0, 2));
     }
 }

@@ -252,7 +252,7 @@ impl Job {
             .unwrap_or(sequence.ids.len())
     }
 
-    /// The first unit that is to be seen: its features are not known, and somebody will read them.
+    /// The units that are to be seen: their features are not known, and somebody will read them.
     pub fn unseen(&self) -> impl Iterator<Item = usize> + '_ {
         (0..self.units.len()).filter(|unit| {
             let unit = &self.units[*unit];

@@ -15,7 +15,7 @@ use super::runner::{Engine, Sink};
 use super::sequence::Sequence;
 use super::service::{RequestEvent, RequestId};
 use crate::error::{Error, Result};
-use crate::model::{Batch, BatchSpan, Keep, Taps};
+use crate::model::{Batch, BatchSpan, Keep, Taps, pick};
 
 /// Prompt tokens that are worth a pass of their own while more of the prompt is still being looked at.
 const WORTH_A_PASS: usize = 512;
@@ -235,9 +235,7 @@ impl Engine {
         }
         let ops = self.model.ops();
         let rows: Vec<u32> = ending.iter().map(|(row, _)| *row).collect();
-        let here: Vec<u32> = (0..rows.len() as u32).collect();
-        let mut last = ops.buffer(rows.len(), states.cols());
-        ops.copy_rows(states, &rows, &mut last, &here);
+        let last = pick(ops, states, &rows);
         let logits = self.model.language_model().logits(ops, &last);
         for (row, (_, part)) in ending.iter().enumerate() {
             let part = &parts[*part];

@@ -10,7 +10,7 @@ use super::RequestId;
 use super::job::{Job, Source};
 use super::prefix::Digest;
 use crate::error::Result;
-use crate::model::{LlavaNextVideoModel, PICTURES_PER_PASS, TowerPass};
+use crate::model::{LlavaNextVideoModel, PICTURES_PER_PASS, TowerPass, numbers, pick};
 use crate::processor::inputs::ImageInput;
 
 /// A pass, and what becomes of it.
@@ -119,7 +119,10 @@ impl Sight {
             Work::Frames(digests) => {
                 let features = model.project_frames(&self.pass.features)?;
                 let rows = features.rows() / digests.len();
-                let own = |(i, digest)| (digest, part(model, &features, i * rows, rows));
+                let own = |(i, digest)| {
+                    let rows = numbers(i * rows, rows);
+                    (digest, pick(model.ops(), &features, &rows))
+                };
                 let all = digests.into_iter().enumerate().map(own).collect();
                 Ok(Seen::Features(all))
             }
@@ -142,17 +145,4 @@ impl Sight {
             }
         }
     }
-}
-
-/// Rows `first..first + n` in a buffer of their own.
-fn part(model: &LlavaNextVideoModel, rows: &Buffer, first: usize, n: usize) -> Buffer {
-    let mut own = model.ops().buffer(n, rows.cols());
-    model
-        .ops()
-        .copy_rows(rows, &numbers(first, n), &mut own, &numbers(0, n));
-    own
-}
-
-fn numbers(first: usize, n: usize) -> Vec<u32> {
-    (first as u32..(first + n) as u32).collect()
 }

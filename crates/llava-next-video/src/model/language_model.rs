@@ -372,7 +372,7 @@ fn numbered(n: usize) -> Vec<u32> {
 }
 
 /// The rows `rows` of `x`, in a buffer of their own.
-fn pick(ops: &Ops, x: &Buffer, rows: &[u32]) -> Buffer {
+pub(crate) fn pick(ops: &Ops, x: &Buffer, rows: &[u32]) -> Buffer {
     let mut out = ops.buffer(rows.len(), x.cols());
     ops.copy_rows(x, rows, &mut out, &numbered(rows.len()));
     out

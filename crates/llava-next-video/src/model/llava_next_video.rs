@@ -8,7 +8,7 @@ use lnv_kernels::{Buffer, Device, KvCache, KvDtype, Ops, Vector};
 use super::batch::{Batch, DecoderOutput, Keep, Taps};
 use super::fingerprint::Fingerprint;
 use super::formats::Formats;
-use super::language_model::{LanguageModel, OnLayer, default_kv_dtype};
+use super::language_model::{LanguageModel, OnLayer, default_kv_dtype, pick};
 use super::loader::{Loader, Loading, PlannedWeight, Sink};
 use super::merge::{Placeholders, check_counts, placeholder_positions};
 use super::pack::{PackedRow, packed_rows};
@@ -304,14 +304,7 @@ impl LlavaNextVideoModel {
         let mut features = Vec::with_capacity(videos.len());
         for video in videos {
             let rows = video.frames.count * self.weights.vision_resampler.tokens();
-            let mut own = self.ops.buffer(rows, projected.cols());
-            self.ops.copy_rows(
-                &projected,
-                &numbers(first, rows),
-                &mut own,
-                &numbers(0, rows),
-            );
-            features.push(own);
+            features.push(pick(&self.ops, &projected, &numbers(first, rows)));
             first += rows;
         }
         Ok(features)
@@ -561,7 +554,8 @@ fn apply_rope(config: &mut LlavaNextVideoConfig, rope: Option<(RopeOverride, usi
     }
 }
 
-fn numbers(first: usize, n: usize) -> Vec<u32> {
+/// So many row numbers, from `first` on.
+pub(crate) fn numbers(first: usize, n: usize) -> Vec<u32> {
     (first as u32..(first + n) as u32).collect()
 }
 

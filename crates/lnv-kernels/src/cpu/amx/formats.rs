@@ -263,8 +263,8 @@ impl Format for AmxQ4 {
     const UNIT: usize = Self::A_PER_STEP;
     type Unpacked = Q4Bytes<Vnni>;
     const UNPACKS: bool = true;
-    // Some groups, for their sums pass through memory.
-    const PANEL_BLOCK: usize = 64 << 10;
+    // Eight groups: with their codes, their rows' and the waiting sums these stay in the first-level cache.
+    const PANEL_BLOCK: usize = 18 << 10;
 
     #[inline(always)]
     fn unpack<S: Simd>(s: S, w: &[u8], out: &mut [u8]) {
@@ -430,6 +430,7 @@ unsafe fn grouped<S: Simd, G: Grouped>(
     assert!(t.a.len() >= t.steps * unit && t.w.len() == t.steps * group);
     let mut ahead = t.ahead.over(4 * t.steps);
     let mut waiting = Waiting([[0.0; ROWS * ROWS]; TURNS]);
+    let mut steps = Steps([0.0; ROWS]);
     for first in (0..rows).step_by(ROWS) {
         let live = ROWS.min(rows - first);
         for column in [0, ROWS] {
@@ -445,8 +446,8 @@ unsafe fn grouped<S: Simd, G: Grouped>(
                 }
             }
             for step in 0..t.steps + BEHIND {
-                // SAFETY: the lengths were checked; rows that are not live are of the next rows' steps,
-                // or beyond them, where the packed activations have room, and count for nothing.
+                // SAFETY: the lengths were checked; a left factor's rows that are not live are not in its
+                // register, and have the step zero.
                 unsafe {
                     if step < t.steps {
                         ahead.fetch();
@@ -454,23 +455,26 @@ unsafe fn grouped<S: Simd, G: Grouped>(
                         let w = t.w.as_ptr().add(step * group + 4 * column);
                         let out = waiting.0[step % TURNS].as_mut_ptr();
                         match (first == 0, step % 2) {
-                            (true, 0) => product::<G, 0, 6>(a, rows, w, out),
-                            (true, _) => product::<G, 1, 6>(a, rows, w, out),
-                            (false, 0) => product::<G, 2, 7>(a, rows, w, out),
-                            (false, _) => product::<G, 3, 7>(a, rows, w, out),
+                            (true, 0) => product::<G, 0, 6, 4>(a, rows, w, out),
+                            (true, _) => product::<G, 1, 6, 5>(a, rows, w, out),
+                            (false, 0) => product::<G, 2, 7, 4>(a, rows, w, out),
+                            (false, _) => product::<G, 3, 7, 5>(a, rows, w, out),
                         }
                     }
                     if step >= BEHIND {
                         let step = step - BEHIND;
-                        let steps = t.a.as_ptr().add(step * unit + (G::UNIT - 1) * rows + first);
+                        let row_steps =
+                            t.a.as_ptr().add(step * unit + (G::UNIT - 1) * rows + first);
+                        s.store(steps.0.as_mut_ptr(), s.load_part(row_steps.cast(), live));
+                        // Read again one by one: the compiler would rather shuffle a register of them,
+                        // which takes the port that the sums need.
+                        let steps = std::hint::black_box(steps.0.as_ptr());
                         let scales = t.w.as_ptr().add((step + 1) * group - 4 * (PANEL - column));
                         let scales = s.load(scales.cast());
                         let sums = waiting.0[step % TURNS].as_ptr();
                         for (row, acc) in acc.iter_mut().enumerate() {
-                            // What is behind the live rows' steps are codes, and as floats often
-                            // subnormal: those take the processor a hundred times as long.
-                            let step = f32::from_bits(*steps.add(row.min(live - 1)));
-                            *acc = G::add(s, *acc, s.load(sums.add(row * ROWS)), scales, step);
+                            let sums = s.load(sums.add(row * ROWS));
+                            *acc = G::add(s, *acc, sums, scales, *steps.add(row));
                         }
                     }
                 }
@@ -494,12 +498,16 @@ const TURNS: usize = 4;
 #[repr(align(64))]
 struct Waiting([[f32; ROWS * ROWS]; TURNS]);
 
+/// The steps of the rows of a register.
+#[repr(align(64))]
+struct Steps([f32; ROWS]);
+
 /// A group's product by sums C and left factor A, to `out`.
 ///
 /// # Safety
 /// As [`add_product`]; `out` takes 16 rows of 16.
 #[inline(always)]
-unsafe fn product<G: Grouped, const C: u8, const A: u8>(
+unsafe fn product<G: Grouped, const C: u8, const A: u8, const B: u8>(
     a: *const u32,
     rows: usize,
     w: *const u8,
@@ -510,8 +518,8 @@ unsafe fn product<G: Grouped, const C: u8, const A: u8>(
         zero::<C>();
         for factor in 0..G::FACTORS {
             load::<A>(a.add(factor * rows * PIECE).cast(), ROW_BYTES);
-            load::<4>(w.add(factor * FACTOR), STRIDE);
-            multiply::<G::Multiply, C, A, 4>();
+            load::<B>(w.add(factor * FACTOR), STRIDE);
+            multiply::<G::Multiply, C, A, B>();
         }
         store::<C>(out.cast(), ROW_BYTES);
     }

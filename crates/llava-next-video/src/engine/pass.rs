@@ -90,7 +90,10 @@ impl Engine {
             jobs.filter(move |(_, job)| job.stage == stage && !job.cancelled)
         };
         let mut parts = Vec::new();
-        for (job, of) in of(Stage::Decode) {
+        // Those that share blocks side by side, so that these are read from memory once.
+        let mut decode: Vec<_> = of(Stage::Decode).collect();
+        decode.sort_by_key(|(_, of)| of.sequences.first().map(|s| &s.blocks));
+        for (job, of) in decode {
             for (sequence, s) in of.sequences.iter().enumerate() {
                 parts.push(Part {
                     job,

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use base64::Engine;
 use llava_next_video::Error;
 use llava_next_video::media::{
-    FrameSampling, ImageSize, MediaLimits, Video, VideoPart, decode_data_uri_or_base64,
-    decode_image, decode_video, decode_video_everything, decode_video_part, decode_video_with,
-    load_image, probe_video,
+    FrameSampling, ImageSize, MediaLimits, SampledFrame, Video, VideoPart,
+    decode_data_uri_or_base64, decode_image, decode_video, decode_video_everything,
+    decode_video_part, decode_video_with, load_image, probe_video,
 };
 use serde_json::Value;
 
@@ -147,8 +147,14 @@ fn seeking_is_used_wherever_the_packets_allow() {
         for n in [1, 3, 8, 30] {
             let path = testdata().join(&name);
             let sampling = FrameSampling::Default(n);
-            let summary =
-                decode_video_with(path, sampling, &limits, None, &mut |_| Ok(())).unwrap();
+            let summary = decode_video_with(
+                path,
+                (sampling, VideoPart::WHOLE),
+                &limits,
+                None,
+                &mut |_| Ok(()),
+            )
+            .unwrap();
             assert_eq!(summary.seeked, info.seekable, "{name}, {n} frames");
         }
     }
@@ -224,6 +230,45 @@ fn a_file_cut_off_yields_what_is_there_every_time() {
             "{name}"
         );
     }
+}
+
+/// The packets of these promise 75 frames, but fewer can be decoded.
+#[test]
+fn a_broken_promise_begins_again_and_mixes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut begun_again = 0;
+    for name in ["h264.mp4", "h264.mkv", "vp9.webm", "vp8.webm", "mpeg2.ts"] {
+        let bytes = std::fs::read(testdata().join(name)).unwrap();
+        let path = dir.path().join(name);
+        for eighths in 1..7 {
+            let mut broken = bytes.clone();
+            let at = bytes.len() * eighths / 8;
+            broken[at..at + bytes.len() / 12].fill(0x5a);
+            std::fs::write(&path, &broken).unwrap();
+            let everything = FrameSampling::All;
+            let limits = MediaLimits::default();
+            let whole = decode_video_everything(&path, everything, VideoPart::WHOLE, &limits);
+            for n in [3, 8, 40] {
+                let sampling = FrameSampling::Default(n);
+                let got = sampled(&path, sampling);
+                let mut starts = 0;
+                let mut sink = |frame: SampledFrame| {
+                    starts += usize::from(frame.position == 0);
+                    Ok(())
+                };
+                let how = (sampling, VideoPart::WHOLE);
+                let summary = decode_video_with(&path, how, &limits, None, &mut sink);
+                begun_again += usize::from(starts > 1);
+                // Where no sampled frame is hit, nobody finds out.
+                if let (Ok(got), Ok(whole)) = (&got, &whole)
+                    && !summary.unwrap().seeked
+                {
+                    assert_agrees(&format!("{name} {eighths} {n}"), got, whole);
+                }
+            }
+        }
+    }
+    assert!(begun_again > 3, "{begun_again}");
 }
 
 /// The sentence with which `path` is refused.
@@ -370,19 +415,20 @@ fn the_caller_can_stop_and_can_stream() {
     let error = decode_video(&path, FrameSampling::Default(8), &limits, Some(&stop)).unwrap_err();
     assert!(matches!(error, Error::Cancelled));
     let mut seen = Vec::new();
-    let mut sink = |frame: llava_next_video::media::SampledFrame| {
-        assert_eq!(frame.position, seen.len());
+    let mut sink = |frame: SampledFrame| {
+        assert_eq!((frame.position, frame.of), (seen.len(), 8));
         seen.push(frame.index);
         Ok(())
     };
-    let summary = decode_video_with(&path, FrameSampling::Default(8), &limits, None, &mut sink);
+    let eight = (FrameSampling::Default(8), VideoPart::WHOLE);
+    let summary = decode_video_with(&path, eight, &limits, None, &mut sink);
     assert_eq!(seen, summary.unwrap().frames_indices);
     let mut count = 0;
     let mut full = |_| {
         count += 1;
         Err(Error::Input("enough".into()))
     };
-    let error = decode_video_with(&path, FrameSampling::Default(8), &limits, None, &mut full);
+    let error = decode_video_with(&path, eight, &limits, None, &mut full);
     assert_eq!(
         (error.unwrap_err().to_string().as_str(), count),
         ("enough", 1)

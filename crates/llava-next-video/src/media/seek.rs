@@ -30,10 +30,7 @@ pub(super) fn seeking(
     let base = demuxer.time_base;
     let time = |frame| seconds(index.pts_of(frame) - index.pts_of(0), base);
     let frames = job.sample(index.len(), demuxer.frame_rate, time, out)?;
-    // An attempt before this one may have handed over some frames, of the same number in all.
-    if !out.agrees(index.len()) {
-        return Ok(None);
-    }
+    out.begin(&frames);
     let mut decoder = Decoder::open(demuxer, job.limits, true)?;
     let mut converter = Converter::new(stream_turn(demuxer).0);
     let mut rest = frames.get(out.given()..).unwrap_or_default();

@@ -47,6 +47,7 @@ pub(super) fn sequential(job: &Job<'_>, out: &mut Out<'_>, plan: Plan) -> Result
         counted = every_frame(job, threaded, &mut |at, frame| again.see(at, frame))?;
         counted.times = again.times;
     } else if plan.promised == Some(counted.frames) && kept.complete() {
+        out.begin(&kept.wanted);
         for (at, time, image) in kept.frames {
             out.give(at, time, image)?;
         }
@@ -84,11 +85,8 @@ fn pick(
     }
     let time = |at: usize| counted.times.get(at).copied().unwrap_or(0.0);
     let frames = job.sample(total, demuxer.frame_rate, time, out)?;
-    let given = out.given();
-    if given > frames.len() {
-        return Err(contradiction(job, total));
-    }
-    let mut wanted = frames.iter().copied().skip(given).peekable();
+    out.begin(&frames);
+    let mut wanted = frames.iter().copied().skip(out.given()).peekable();
     let mut clock = Clock::new(demuxer);
     let mut converter = Converter::new(stream_turn(demuxer).0);
     every_frame(job, threaded, &mut |at, frame| {

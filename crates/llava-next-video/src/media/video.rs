@@ -29,6 +29,8 @@ use crate::{Error, Result};
 pub struct SampledFrame {
     /// Which of the sampled frames this is, from 0.
     pub position: usize,
+    /// How many frames are sampled in all; the first frame tells already.
+    pub of: usize,
     /// Which frame of the stream it is, from 0.
     pub index: usize,
     /// Presentation time in seconds from the first frame.
@@ -119,21 +121,23 @@ pub fn decode_video_everything(
     })
 }
 
-/// As [`decode_video`], handing each frame to `sink` as it is decoded, in order of presentation; memory stays at a
+/// As [`decode_video_part`], handing each frame to `sink` as it is decoded, in order of presentation; memory stays at a
 /// few frames however many are sampled. An error from `sink` ends the call with that error.
+///
+/// Which frames to take is decided on what the packets promise. Where a damaged file turns out to hold fewer, frames
+/// begin again at position 0, and those handed over before count no more.
 ///
 /// # Errors
 ///
-/// As [`decode_video`].
+/// As [`decode_video_part`].
 pub fn decode_video_with(
     path: impl AsRef<Path>,
-    sampling: FrameSampling,
+    (sampling, part): (FrameSampling, VideoPart),
     limits: &MediaLimits,
     cancel: Option<&AtomicBool>,
     sink: &mut dyn FnMut(SampledFrame) -> Result<()>,
 ) -> Result<VideoSummary> {
-    let path = path.as_ref();
-    decode(path, (sampling, VideoPart::WHOLE), limits, cancel, sink)
+    decode(path.as_ref(), (sampling, part), limits, cancel, sink)
 }
 
 fn decode(
@@ -232,6 +236,10 @@ fn collect(
     let (mut frames, mut timestamps) = (Vec::new(), Vec::new());
     let mut held = 0u64;
     let summary = decode(&mut |frame: SampledFrame| {
+        if frame.position == 0 {
+            // The file did not keep what it promised at first.
+            (held, frames, timestamps) = (0, Vec::new(), Vec::new());
+        }
         held += frame.image.data.len() as u64;
         if held > limits.sampled_bytes {
             return Err(Error::Media(format!(
@@ -271,7 +279,7 @@ pub(super) struct Out<'a> {
     sink: &'a mut dyn FnMut(SampledFrame) -> Result<()>,
     size: Option<ImageSize>,
     given: usize,
-    total: Option<usize>,
+    wanted: Vec<usize>,
 }
 
 impl<'a> Out<'a> {
@@ -286,7 +294,7 @@ impl<'a> Out<'a> {
             sink,
             size: None,
             given: 0,
-            total: None,
+            wanted: Vec::new(),
         }
     }
 
@@ -301,11 +309,13 @@ impl<'a> Out<'a> {
         )))
     }
 
-    /// Notes the number of frames in all; false where frames were handed over on the belief in another.
-    pub(super) fn agrees(&mut self, total: usize) -> bool {
-        let same = self.given == 0 || self.total == Some(total);
-        self.total = Some(total);
-        same
+    /// These are the frames to hand over. An attempt before this one may have handed over some: if it was to take the
+    /// same, they count; otherwise all begins again.
+    pub(super) fn begin(&mut self, wanted: &[usize]) {
+        if self.wanted != wanted {
+            self.given = 0;
+            self.wanted = wanted.to_vec();
+        }
     }
 
     /// Frames handed over so far.
@@ -330,6 +340,7 @@ impl<'a> Out<'a> {
         self.given += 1;
         (self.sink)(SampledFrame {
             position,
+            of: self.wanted.len(),
             index,
             timestamp,
             image,

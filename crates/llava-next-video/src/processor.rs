@@ -16,6 +16,7 @@
 //! would cut a placeholder.
 
 pub mod anyres;
+pub mod arriving;
 pub mod chat_template;
 pub mod conversation;
 mod facts;
@@ -31,13 +32,13 @@ pub mod video_processor;
 use std::ops::Range;
 
 use crate::error::{Error, Result};
-use crate::media::{Image, Video};
+use crate::media::{Image, ImageSize, Video};
 use chat_template::{ChatTemplates, Rendered, TemplateOptions};
 use conversation::{Conversation, Message};
 use image_processor::LlavaNextImageProcessor;
 use inputs::{ImageInput, ModelInputs, VideoInput};
 use tokenizer::{Detokenizer, PaddingSide, Tokenizer};
-use video_processor::LlavaNextVideoVideoProcessor;
+use video_processor::{FrameScaler, LlavaNextVideoVideoProcessor};
 
 pub use facts::ModelFacts;
 
@@ -256,6 +257,17 @@ impl LlavaNextVideoProcessor {
             .ok_or_else(|| Error::Input("a video became nothing".into()))
     }
 
+    /// For the frames of one video, of `size`, that are scaled one by one as they are decoded: each becomes what
+    /// it becomes in [`LlavaNextVideoProcessor::scale_video`].
+    ///
+    /// # Errors
+    /// Frames that the model cannot take.
+    pub fn frame_scaler(&self, size: ImageSize) -> Result<FrameScaler> {
+        let scaler = self.video_processor.frame_scaler(size)?;
+        self.facts.check_pixels("video", scaler.size())?;
+        Ok(scaler)
+    }
+
     /// The text of ids (`decode`).
     ///
     /// # Errors
@@ -444,8 +456,7 @@ impl LlavaNextVideoProcessor {
             self.facts.check_layout(&layout, tile)?;
         }
         for frame in videos.iter().filter_map(|video| video.frames.first()) {
-            let size = self.video_processor.settings.plan(frame.size)?.output;
-            self.facts.check_pixels("video", size)?;
+            self.frame_scaler(frame.size)?;
         }
         Ok(())
     }

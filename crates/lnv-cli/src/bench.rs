@@ -362,9 +362,7 @@ fn inputs(config: &LlavaNextVideoConfig, frames: usize, seed: u32) -> ModelInput
         attention_mask: vec![vec![true; ids.len()]],
         input_ids: vec![ids],
         images: Vec::new(),
-        videos: vec![VideoInput {
-            frames: frames_input,
-        }],
+        videos: vec![VideoInput::from(frames_input)],
     }
 }
 

@@ -4,7 +4,9 @@
 //! not make the others wait for all of them; those that were put back go before everybody. A request
 //! takes all blocks of its prompt when it is let in, less those that it finds; what its answer needs is
 //! taken as it grows. Where the first in the row does not fit, nobody overtakes it. One whose beginning is
-//! being computed for another waits until it can be found.
+//! being computed for another waits until it can be found. One whose frames are still arriving waits as long as all
+//! that is known of it can be found, because what comes next may be found too; and it never makes others
+//! wait for its frames: where they lack its room, it goes back until all are there.
 
 use std::cmp::Reverse;
 
@@ -45,6 +47,7 @@ impl Engine {
                         self.refuse(job, sink);
                         continue 'again;
                     }
+                    Outcome::NoRoom if self.make_way(i) => continue 'again,
                     Outcome::NoRoom => return,
                 }
             }
@@ -63,9 +66,26 @@ impl Engine {
         order
     }
 
+    /// Puts one that waits for frames back for the sake of `i`, which does not; false where there is none.
+    fn make_way(&mut self, i: usize) -> bool {
+        let arriving = self.running.iter().rposition(Job::is_arriving);
+        match arriving.filter(|_| !self.waiting[i].is_arriving()) {
+            Some(youngest) => {
+                let mut job = self.running.remove(youngest);
+                self.put_back(&mut job);
+                self.waiting.insert(0, job);
+                true
+            }
+            None => false,
+        }
+    }
+
     fn try_admit(&mut self, i: usize) -> Outcome {
         let width: usize = self.running.iter().map(Job::width).sum();
         let job = &self.waiting[i];
+        if job.is_arriving() && job.admitted > 0 {
+            return Outcome::Held;
+        }
         if width > 0 && width + job.width() > self.limits().batch {
             return Outcome::NoRoom;
         }
@@ -76,7 +96,12 @@ impl Engine {
                 true => self.find(sequence),
                 false => Found::default(),
             };
-            if shares && self.is_being_computed(sequence, one.blocks.len()) {
+            if shares && self.is_being_computed(job, sequence, one.blocks.len()) {
+                return Outcome::Held;
+            }
+            let beginning = one.beginning.map_or(0, |(_, tokens)| tokens);
+            let certain = sequence.chain.known(&sequence.ids);
+            if job.is_arriving() && one.blocks.len() * KV_BLOCK + beginning >= certain {
                 return Outcome::Held;
             }
             found.push(one);
@@ -121,6 +146,7 @@ impl Engine {
     /// Blocks that begin as the sequence does. Its last token is always run again, for its scores.
     fn find(&self, sequence: &Sequence) -> Found {
         let most = sequence.ids.len().saturating_sub(1);
+        let most = most.min(sequence.chain.known(&sequence.ids));
         let mut found = Found::default();
         while (found.blocks.len() + 1) * KV_BLOCK <= most {
             let name = sequence.chain.name(found.blocks.len());
@@ -136,15 +162,19 @@ impl Engine {
         found
     }
 
-    /// Whether a running prompt is about to fill the block behind those that were found.
-    fn is_being_computed(&self, sequence: &Sequence, block: usize) -> bool {
+    /// Whether a running prompt is about to fill the block behind those that were found. One that waits for frames
+    /// may be long about it, so only those that wait for theirs wait for it.
+    fn is_being_computed(&self, job: &Job, sequence: &Sequence, block: usize) -> bool {
         let Some(name) = sequence.chain.name(block) else {
             return false;
         };
         let computes = |other: &Sequence| {
             other.chain.name(block) == Some(name) && other.cached < (block + 1) * KV_BLOCK
         };
-        let prefills = |job: &&Job| job.stage == Stage::Prefill && !job.cancelled;
+        let prefills = |other: &&Job| {
+            let soon = job.is_arriving() || !other.is_arriving();
+            other.stage == Stage::Prefill && !other.cancelled && soon
+        };
         let mut jobs = self.running.iter().filter(prefills);
         jobs.any(|job| job.sequences.iter().any(computes))
     }
@@ -171,8 +201,7 @@ impl Engine {
         let left = |sequence: &Sequence| sequence.ids.len() - sequence.cached;
         let tokens: usize = job.sequences.iter().map(left).sum();
         job.prefilled = (0, tokens * layers);
-        let pictures = job.unseen().map(|unit| job.pictures(&job.units[unit]));
-        job.seen = (0, pictures.sum());
+        job.seen = (0, job.pictures_to_see());
         if first {
             job.cached_tokens = job.sequences.iter().map(|s| s.cached).sum();
             self.stats.cached_tokens += job.cached_tokens;

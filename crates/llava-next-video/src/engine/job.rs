@@ -1,7 +1,8 @@
 //! A request inside the engine: its sequences, its pictures, its strategy, and how far it has come.
 //!
 //! Decision: everything that costs time and needs no model (checking, resolving options, digests of
-//! pixels) is done by [`Prepared::new`], on the caller's thread. Whether a job waits or runs is the
+//! pixels) is done by [`Prepared::new`], on the caller's thread; only frames that arrive later are named on the
+//! engine's, in some tenths of a millisecond each. Whether a job waits or runs is the
 //! engine's to know; a job that is put back to wait keeps its sequences and loses only their blocks.
 
 use std::sync::Arc;
@@ -18,7 +19,8 @@ use super::{RequestId, check_context};
 use crate::config::GenerationConfig;
 use crate::error::Result;
 use crate::model::{LlavaNextVideoModel, Placed};
-use crate::processor::inputs::{ImageInput, ModelInputs, VideoInput};
+use crate::processor::arriving::Arriving;
+use crate::processor::inputs::{ImageInput, ModelInputs, Pixels};
 
 /// A request, checked and ready to run.
 pub struct Prepared {
@@ -26,28 +28,67 @@ pub struct Prepared {
     constraints: Option<Arc<dyn Constraints>>,
     sequences: Vec<Sequence>,
     units: Vec<Unit>,
-    images: Vec<ImageInput>,
-    videos: Vec<VideoInput>,
+    coming: Vec<Coming>,
 }
 
-/// One unit of sight, which a digest names: a frame or an image.
+/// One unit of sight: a frame or an image.
 pub(crate) struct Unit {
     pub row: usize,
     /// Where its features stand in the row, in order.
     pub positions: Vec<u32>,
-    pub digest: Digest,
-    pub source: Source,
+    /// Once it is there.
+    pub picture: Option<Picture>,
     /// Once they are known and until they have been read.
     pub features: Option<Arc<Buffer>>,
     /// Whether they were looked for on disk in vain.
     pub not_on_disk: bool,
 }
 
-/// Where a unit's pixels are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+impl Unit {
+    /// How many pictures the tower sees for it.
+    pub fn pictures(&self) -> usize {
+        match self.picture.as_ref().map(|picture| &picture.source) {
+            Some(Source::Image(image)) => image.layout.tiles,
+            Some(Source::Frame(..)) | None => 1,
+        }
+    }
+}
+
+/// What is to be seen, and its name.
+pub(crate) struct Picture {
+    pub digest: Digest,
+    pub source: Source,
+}
+
+/// Pixels, shared with whoever made them.
 pub(crate) enum Source {
-    Image(usize),
-    Frame { video: usize, frame: usize },
+    Image(ImageInput),
+    /// One picture of a stack.
+    Frame(Pixels, usize),
+}
+
+impl Picture {
+    fn image(image: &ImageInput) -> Self {
+        Self {
+            digest: image_digest(image),
+            source: Source::Image(image.clone()),
+        }
+    }
+
+    fn frame(stack: &Pixels, index: usize) -> Self {
+        Self {
+            digest: picture_digest(stack, index),
+            source: Source::Frame(stack.clone(), index),
+        }
+    }
+}
+
+/// A video whose frames are not all there.
+struct Coming {
+    video: Arriving,
+    /// The unit of the next frame, and how many came before it.
+    next: usize,
+    taken: usize,
 }
 
 impl Prepared {
@@ -67,13 +108,14 @@ impl Prepared {
         let options = Arc::new(options.resolve(defaults, text, columns)?);
         let placed = model.place(&inputs)?;
         check_context(&placed.rows, text)?;
-        let units = units(&placed, &inputs);
+        let (units, coming) = units(&placed, &inputs);
         let longest = placed.rows.iter().map(|row| row.ids.len()).max();
         let longest = longest.unwrap_or(0);
         let sequence = |(row, embedded): (usize, crate::model::EmbeddedRow)| {
             let mut pictures = RowPictures::default();
             for unit in units.iter().filter(|unit| unit.row == row) {
-                pictures.push(unit.digest, &unit.positions);
+                let digest = unit.picture.as_ref().map(|picture| picture.digest);
+                pictures.push(digest, &unit.positions);
             }
             pictures.sort();
             Sequence {
@@ -91,8 +133,7 @@ impl Prepared {
             constraints,
             sequences,
             units,
-            images: inputs.images,
-            videos: inputs.videos,
+            coming,
         })
     }
 
@@ -108,38 +149,42 @@ impl Prepared {
     }
 }
 
-/// What is placed where, picture by picture.
-fn units(placed: &Placed, inputs: &ModelInputs) -> Vec<Unit> {
-    let mut units = Vec::new();
-    let mut unit = |places: &[u32], digest: Digest, source: Source| {
+/// What is placed where, picture by picture, and the videos whose frames are not all there.
+fn units(placed: &Placed, inputs: &ModelInputs) -> (Vec<Unit>, Vec<Coming>) {
+    let (mut units, mut coming) = (Vec::new(), Vec::new());
+    let unit = |places: &[u32], picture: Option<Picture>| {
         let row = placed.row_of(places.first().copied().unwrap_or(0));
         let first = placed.rows[row].first as u32;
-        units.push(Unit {
+        Unit {
             row,
             positions: places.iter().map(|place| place - first).collect(),
-            digest,
-            source,
+            picture,
             features: None,
             not_on_disk: false,
-        });
+        }
     };
     let mut places = placed.images.as_slice();
-    for (i, image) in inputs.images.iter().enumerate() {
+    for image in &inputs.images {
         let (own, rest) = places.split_at(image.layout.feature_tokens());
         places = rest;
-        unit(own, image_digest(image), Source::Image(i));
+        units.push(unit(own, Some(Picture::image(image))));
     }
     let frames: usize = inputs.videos.iter().map(|video| video.frames.count).sum();
     let per_frame = placed.videos.len() / frames.max(1);
     let mut places = placed.videos.chunks(per_frame.max(1));
-    for (video, input) in inputs.videos.iter().enumerate() {
-        for frame in 0..input.frames.count {
-            let digest = picture_digest(&input.frames, frame);
-            let source = Source::Frame { video, frame };
-            unit(places.next().unwrap_or_default(), digest, source);
+    for video in &inputs.videos {
+        coming.extend(video.arriving.clone().map(|video| Coming {
+            video,
+            next: units.len(),
+            taken: 0,
+        }));
+        let here = video.arriving.is_none();
+        for frame in 0..video.frames.count {
+            let picture = here.then(|| Picture::frame(&video.frames, frame));
+            units.push(unit(places.next().unwrap_or_default(), picture));
         }
     }
-    units
+    (units, coming)
 }
 
 fn copies(options: &Resolved) -> usize {
@@ -169,8 +214,7 @@ pub(crate) struct Job {
     /// What is known of the next token of each sequence; empty where nothing is.
     pub scores: Vec<Vec<f32>>,
     pub units: Vec<Unit>,
-    pub images: Vec<ImageInput>,
-    pub videos: Vec<VideoInput>,
+    coming: Vec<Coming>,
     pub strategy: Box<dyn Strategy + Send>,
     /// Answers a row; made from the rows when their prompts are through.
     pub copies: usize,
@@ -193,8 +237,7 @@ impl Job {
             constraints,
             sequences,
             units,
-            images,
-            videos,
+            coming,
         } = prepared;
         let (rows, copies) = (sequences.len(), copies(&options));
         let strategy: Box<dyn Strategy + Send> = match options.num_beams > 1 {
@@ -210,8 +253,7 @@ impl Job {
             prompt_tokens: sequences.iter().map(|s| s.prompt).collect(),
             sequences,
             units,
-            images,
-            videos,
+            coming,
             strategy,
             copies,
             forked: false,
@@ -221,6 +263,38 @@ impl Job {
             prefilled: (0, 0),
             seen: (0, 0),
         }
+    }
+
+    /// Whether frames are still to come.
+    pub fn is_arriving(&self) -> bool {
+        !self.coming.is_empty()
+    }
+
+    /// Takes the frames that have come.
+    ///
+    /// # Errors
+    /// No more will come, but not all are there.
+    pub fn arrive(&mut self) -> Result<()> {
+        let mut left = Vec::new();
+        for mut coming in std::mem::take(&mut self.coming) {
+            let (frames, more) = coming.video.behind(coming.taken)?;
+            for frame in &frames {
+                let picture = Picture::frame(frame, 0);
+                let unit = &mut self.units[coming.next];
+                for sequence in self.sequences.iter_mut().filter(|s| s.row == unit.row) {
+                    let at = unit.positions.first().copied().unwrap_or_default();
+                    sequence.chain.arrive(at, picture.digest, &sequence.ids);
+                }
+                unit.picture = Some(picture);
+                coming.next += 1;
+            }
+            coming.taken += frames.len();
+            if more {
+                left.push(coming);
+            }
+        }
+        self.coming = left;
+        Ok(())
     }
 
     /// Sequences that it decodes at once, now or later.
@@ -252,12 +326,27 @@ impl Job {
             .unwrap_or(sequence.ids.len())
     }
 
-    /// The units that are to be seen: their features are not known, and somebody will read them.
-    pub fn unseen(&self) -> impl Iterator<Item = usize> + '_ {
-        (0..self.units.len()).filter(|unit| {
-            let unit = &self.units[*unit];
-            unit.features.is_none() && self.reads(unit)
-        })
+    /// The units that are there to be seen: their features are not known, and somebody will read them.
+    pub fn unseen(&self) -> impl Iterator<Item = (usize, &Picture)> + '_ {
+        let units = self.units.iter().enumerate();
+        units
+            .filter(|(_, unit)| unit.features.is_none() && self.reads(unit))
+            .filter_map(|(index, unit)| Some((index, unit.picture.as_ref()?)))
+    }
+
+    /// The same by name.
+    pub fn unseen_digests(&self) -> Vec<(usize, Digest)> {
+        let name = |(unit, picture): (usize, &Picture)| (unit, picture.digest);
+        self.unseen().map(name).collect()
+    }
+
+    /// Pictures that are to be seen, here or still to come.
+    pub fn pictures_to_see(&self) -> usize {
+        let units = self.units.iter();
+        units
+            .filter(|unit| unit.features.is_none() && self.reads(unit))
+            .map(Unit::pictures)
+            .sum()
     }
 
     /// Whether a token that stands for the unit still has to go through the decoder.
@@ -265,24 +354,6 @@ impl Job {
         let reads =
             |s: &Sequence| s.row == unit.row && first_from(&unit.positions, s.cached).is_some();
         self.sequences.iter().any(reads)
-    }
-
-    /// Pictures of a unit.
-    pub fn pictures(&self, unit: &Unit) -> usize {
-        match unit.source {
-            Source::Frame { .. } => 1,
-            Source::Image(image) => self.images[image].layout.tiles,
-        }
-    }
-
-    /// The pixels of a unit's picture.
-    pub fn pixels(&self, unit: &Unit, picture: usize) -> &[f32] {
-        let (pixels, index) = match unit.source {
-            Source::Frame { video, frame } => (&self.videos[video].frames, frame),
-            Source::Image(image) => (&self.images[image].tiles, picture),
-        };
-        let stride = pixels.stride();
-        &pixels.data[index * stride..(index + 1) * stride]
     }
 }
 

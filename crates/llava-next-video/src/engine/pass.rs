@@ -41,12 +41,13 @@ impl Part {
 }
 
 impl Engine {
-    /// One pass through the decoder, in a step that has spent so long on vision.
-    pub(super) fn pass(&mut self, vision: Duration, sink: Sink<'_>) {
+    /// One pass through the decoder, in a step that has spent so long on vision; false where nothing is ready
+    /// for it.
+    pub(super) fn pass(&mut self, vision: Duration, sink: Sink<'_>) -> bool {
         self.make_room(sink);
         let (parts, decoding) = self.parts(vision);
         if parts.is_empty() {
-            return;
+            return false;
         }
         let start = Instant::now();
         let x = self.embed(&parts);
@@ -54,7 +55,7 @@ impl Engine {
         match self.decode(x, &parts, sink) {
             Ok(states) => self.read(&parts, &states),
             // All that ran in the pass were cancelled.
-            Err(Error::Cancelled) => return,
+            Err(Error::Cancelled) => return true,
             Err(error) => {
                 let mut jobs: Vec<RequestId> =
                     parts.iter().map(|p| self.running[p.job].id).collect();
@@ -64,7 +65,7 @@ impl Engine {
                 for job in jobs {
                     self.fail(job, Error::Internal(message.clone()), sink);
                 }
-                return;
+                return true;
             }
         }
         let elapsed = start.elapsed();
@@ -81,6 +82,7 @@ impl Engine {
                 }
             }
         }
+        true
     }
 
     /// What goes through the decoder in this step, those that decode first, and how many those are.
@@ -109,7 +111,7 @@ impl Engine {
             _ => self.pace.tokens(vision).min(self.limits.prefill_chunk),
         };
         for (job, of) in of(Stage::Prefill) {
-            let looking = of.unseen().next().is_some();
+            let looking = of.is_arriving() || of.unseen().next().is_some();
             for (sequence, s) in of.sequences.iter().enumerate() {
                 let (start, ready) = (s.cached, of.ready(s));
                 let end = ready.min(start + room);

@@ -4,7 +4,7 @@
 //! place in it, since all pictures share their placeholder ids. A block of tokens is named by a BLAKE3
 //! digest of its tokens and of the name of what stands before it, so that a name says everything that
 //! its keys and values depend on. A digest of 256 bits, because one client must not be able to make a
-//! picture that is taken for another's.
+//! picture that is taken for another's. Pictures may come late: names reach up to the first that is not there.
 
 use std::sync::Arc;
 
@@ -39,12 +39,15 @@ pub struct RowPictures {
     /// For each position of the prompt that stands for a picture: the picture's number among
     /// `digests` and the place in it.
     places: Vec<(u32, u32, u32)>,
-    digests: Vec<Digest>,
+    /// `None` for a picture that is not there yet.
+    digests: Vec<Option<Digest>>,
+    /// The first position that stands for such a picture.
+    unknown: Option<u32>,
 }
 
 impl RowPictures {
     /// Adds a picture that stands at these positions, all behind those added before, or between.
-    pub fn push(&mut self, digest: Digest, positions: &[u32]) {
+    pub fn push(&mut self, digest: Option<Digest>, positions: &[u32]) {
         let number = self.digests.len() as u32;
         self.digests.push(digest);
         let places = positions.iter().enumerate();
@@ -55,15 +58,33 @@ impl RowPictures {
     /// To be called after the last [`RowPictures::push`].
     pub fn sort(&mut self) {
         self.places.sort_unstable();
+        self.look_for_unknown(0);
+    }
+
+    /// The picture that stands at `position` is there.
+    fn arrive(&mut self, position: u32, digest: Digest) {
+        let found = self.places.binary_search_by_key(&position, |(at, ..)| *at);
+        if let Ok(index) = found {
+            self.digests[self.places[index].1 as usize] = Some(digest);
+            self.look_for_unknown(self.unknown.unwrap_or(0));
+        }
+    }
+
+    /// None before `from` is unknown.
+    fn look_for_unknown(&mut self, from: u32) {
+        let first = self.places.partition_point(|(at, ..)| *at < from);
+        let mut places = self.places[first..].iter();
+        let unknown = places.find(|(_, number, _)| self.digests[*number as usize].is_none());
+        self.unknown = unknown.map(|(at, ..)| *at);
     }
 
     fn key(&self, position: usize, id: u32) -> TokenKey {
         let found = self
             .places
             .binary_search_by_key(&(position as u32), |(at, ..)| *at);
-        let picture = found.ok().map(|index| {
+        let picture = found.ok().and_then(|index| {
             let (_, number, place) = self.places[index];
-            (self.digests[number as usize], place)
+            Some((self.digests[number as usize]?, place))
         });
         TokenKey { id, picture }
     }
@@ -87,9 +108,22 @@ impl Chain {
         chain
     }
 
-    /// Names the blocks that have become full.
+    /// The picture that stands at `position` of `ids` is there.
+    pub fn arrive(&mut self, position: u32, digest: Digest, ids: &[u32]) {
+        Arc::make_mut(&mut self.pictures).arrive(position, digest);
+        self.extend(ids);
+    }
+
+    /// How many of `ids` are certain: those before the first picture that is not there.
+    pub fn known(&self, ids: &[u32]) -> usize {
+        let unknown = self.pictures.unknown.map(|at| at as usize);
+        unknown.unwrap_or(usize::MAX).min(ids.len())
+    }
+
+    /// Names the blocks that have become full and are certain.
     pub fn extend(&mut self, ids: &[u32]) {
-        while (self.names.len() + 1) * KV_BLOCK <= ids.len() {
+        let known = self.known(ids);
+        while (self.names.len() + 1) * KV_BLOCK <= known {
             let block = self.names.len();
             let mut hasher = blake3::Hasher::new();
             hasher.update(&self.before(block));
@@ -171,7 +205,7 @@ mod tests {
     fn chain(ids: &[u32], pictures: &[(u8, u32)]) -> Chain {
         let mut row = RowPictures::default();
         for (digest, at) in pictures {
-            row.push([*digest; 32], &[*at, at + 1]);
+            row.push(Some([*digest; 32]), &[*at, at + 1]);
         }
         row.sort();
         Chain::new(ids, Arc::new(row))
@@ -189,6 +223,24 @@ mod tests {
         let mut grown = chain(&ids[..100], &[]);
         grown.extend(&ids);
         assert_eq!(grown.names, one.names);
+    }
+
+    #[test]
+    fn names_reach_up_to_the_first_picture_that_is_not_there() {
+        let ids = vec![9; 300];
+        let whole = chain(&ids, &[(1, 70), (2, 200)]);
+        let mut row = RowPictures::default();
+        row.push(None, &[70, 71]);
+        row.push(None, &[200, 201]);
+        row.sort();
+        let mut late = Chain::new(&ids, Arc::new(row));
+        assert_eq!((late.known(&ids), late.names.len()), (70, 1));
+        // The second comes first.
+        late.arrive(200, [2; 32], &ids);
+        assert_eq!((late.known(&ids), late.names.len()), (70, 1));
+        late.arrive(70, [1; 32], &ids);
+        assert_eq!((late.known(&ids), &late.names), (300, &whole.names));
+        assert_eq!((whole.known(&ids), whole.known(&ids[..7])), (300, 7));
     }
 
     #[test]

@@ -85,7 +85,7 @@ impl Engine {
         }
     }
 
-    fn put_back(&mut self, job: &mut Job) {
+    pub(super) fn put_back(&mut self, job: &mut Job) {
         self.stats.preempted += 1;
         self.give_back(job);
         for sequence in &mut job.sequences {

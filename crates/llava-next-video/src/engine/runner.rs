@@ -5,11 +5,12 @@
 //! of as many tokens of prompts as there is time for, all requests together. Requests that begin alike
 //! share blocks of the cache, found by name; one that begins as another does whose blocks are just being
 //! computed waits for them. A request whose blocks are needed by older ones goes back to wait and is
-//! computed again. The engine knows pixels only as inputs of the model, and text only through
+//! computed again. A request's frames may come one by one: what is there is looked at and read while the next is
+//! still being decoded. The engine knows pixels only as inputs of the model, and text only through
 //! [`TokenText`]. What happens is told to a sink that belongs to the caller of the step.
 
 use std::ops::ControlFlow;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
 use lnv_kernels::KvCache;
@@ -150,11 +151,11 @@ impl Engine {
         self.blocks.capacity() - self.blocks.available()
     }
 
-    /// Answers every row of a batch, and nobody else meanwhile.
+    /// Answers every row of a batch, and nobody else meanwhile. Frames that are still arriving are waited for.
     ///
     /// # Errors
-    /// The options are nonsense, the inputs do not fit the model, or a prompt is longer than the
-    /// context. A stop asked for by `on_event` is no error: what there is comes back.
+    /// The options are nonsense, the inputs do not fit the model, a prompt is longer than the
+    /// context, or frames did not arrive. A stop asked for by `on_event` is no error: what there is comes back.
     pub fn generate(
         &mut self,
         inputs: &ModelInputs,
@@ -163,11 +164,19 @@ impl Engine {
         on_event: OnEvent<'_>,
     ) -> Result<Generation> {
         let inputs = inputs.clone();
+        let (wake, woken) = mpsc::channel();
+        inputs.listen(|| {
+            let wake = wake.clone();
+            Box::new(move || {
+                let _ = wake.send(());
+            })
+        });
+        drop(wake);
         let prepared = Prepared::new(&self.model, &self.defaults, inputs, options, None)?;
         let own = self.submit(prepared, 0);
         let mut result = None;
         while result.is_none() {
-            self.step(text, &mut |id, event| match event {
+            let busy = self.step(text, &mut |id, event| match event {
                 RequestEvent::Progress(event) if id == own => on_event(event),
                 RequestEvent::Done(done) if id == own => {
                     result = Some(done);
@@ -175,6 +184,10 @@ impl Engine {
                 }
                 _ => ControlFlow::Continue(()),
             });
+            if !busy && result.is_none() {
+                // An error says that all frames are there, or no more will come.
+                let _ = woken.recv();
+            }
         }
         result.unwrap_or(Err(Error::Cancelled))
     }
@@ -224,20 +237,32 @@ impl Engine {
         }
     }
 
-    /// One step.
-    pub(crate) fn step(&mut self, text: &dyn TokenText, sink: Sink<'_>) {
+    /// One step; false where it had nothing to do, and will not before a frame arrives or a request comes or goes.
+    pub(crate) fn step(&mut self, text: &dyn TokenText, sink: Sink<'_>) -> bool {
+        self.arrive(sink);
         self.sweep(sink);
         self.admit(sink);
         if self.running.is_empty() {
-            return;
+            return false;
         }
         self.stats.steps += 1;
         let decodes = self.running.iter().any(|job| job.stage == Stage::Decode);
         let begun = Instant::now();
-        self.look(decodes, sink);
+        let looked = self.look(decodes, sink);
         self.sweep(sink);
-        self.pass(begun.elapsed(), sink);
+        let passed = self.pass(begun.elapsed(), sink);
         self.pick(text, sink);
+        looked || passed
+    }
+
+    /// Takes the frames that have arrived; a request whose frames will not all come is over.
+    fn arrive(&mut self, sink: Sink<'_>) {
+        let jobs = self.waiting.iter_mut().chain(&mut self.running);
+        let arrived = |job: &mut Job| Some((job.id, job.arrive().err()?));
+        let failed: Vec<(RequestId, Error)> = jobs.filter_map(arrived).collect();
+        for (id, error) in failed {
+            self.fail(id, error, sink);
+        }
     }
 
     /// Ends what was cancelled.
@@ -256,8 +281,10 @@ impl Engine {
         }
     }
 
-    /// Looks at pictures: one pass through the tower, or beside decoding a part of one.
-    fn look(&mut self, decodes: bool, sink: Sink<'_>) {
+    /// Looks at pictures: one pass through the tower, or beside decoding a part of one. False where there was
+    /// nothing to look at.
+    fn look(&mut self, decodes: bool, sink: Sink<'_>) -> bool {
+        let mut looked = false;
         let start = Instant::now();
         let allowed = self.pace.vision(self.reads_prompts());
         loop {
@@ -271,6 +298,7 @@ impl Engine {
                     .find_map(|job| Sight::begin(&self.model, job, decodes));
             }
             let Some(sight) = &mut self.sight else { break };
+            looked = true;
             let begun = Instant::now();
             let (job, through) = (sight.job, !sight.advance(&self.model));
             let seen = match through {
@@ -308,6 +336,7 @@ impl Engine {
                 break;
             }
         }
+        looked
     }
 
     /// Reads from disk what is there of the pictures that wait to be seen, whoever asks. False where more
@@ -324,18 +353,17 @@ impl Engine {
         let prefills = |job: &&mut Job| job.stage == Stage::Prefill;
         'jobs: for job in self.running.iter_mut().filter(prefills) {
             let begun = Instant::now();
-            let unseen: Vec<usize> = job.unseen().collect();
-            for unit in unseen {
+            for (unit, digest) in job.unseen_digests() {
                 let unit = &mut job.units[unit];
-                if unit.not_on_disk || self.features.get(&unit.digest).is_some() {
+                if unit.not_on_disk || self.features.get(&digest).is_some() {
                     continue;
                 }
                 if !held.is_empty() && up() {
                     all = false;
                     break 'jobs;
                 }
-                match store.get(&unit.digest, (unit.positions.len(), columns)) {
-                    Some(found) => held.push(self.features.insert(unit.digest, found)),
+                match store.get(&digest, (unit.positions.len(), columns)) {
+                    Some(found) => held.push(self.features.insert(digest, found)),
                     None => unit.not_on_disk = true,
                 }
             }
@@ -359,17 +387,17 @@ impl Engine {
     fn recognise(&mut self, sink: Sink<'_>) -> usize {
         let mut found = 0;
         for job in &mut self.running {
-            let unseen: Vec<usize> = match job.stage {
-                Stage::Prefill => job.unseen().collect(),
+            let unseen = match job.stage {
+                Stage::Prefill => job.unseen_digests(),
                 Stage::Decode => continue,
             };
-            for unit in unseen {
-                let Some(features) = self.features.get(&job.units[unit].digest) else {
+            for (unit, digest) in unseen {
+                let Some(features) = self.features.get(&digest) else {
                     continue;
                 };
                 job.units[unit].features = Some(features);
                 job.units[unit].not_on_disk = false;
-                job.seen.0 += job.pictures(&job.units[unit]);
+                job.seen.0 += job.units[unit].pictures();
                 let (done, total) = job.seen;
                 let event = RequestEvent::Progress(Event::Vision { done, total });
                 job.cancelled |= sink(job.id, event).is_break();
@@ -452,20 +480,28 @@ impl Engine {
         }
         let generation = Generation {
             completions,
-            prompt_tokens: job.prompt_tokens,
+            prompt_tokens: std::mem::take(&mut job.prompt_tokens),
             cached_tokens: job.cached_tokens,
             timings: job.timings,
         };
-        let _ = sink(job.id, RequestEvent::Done(Ok(generation)));
+        // Whoever hears of the end may count on its pixels being free, and on a feed knowing.
+        let id = job.id;
+        drop(job);
+        let _ = sink(id, RequestEvent::Done(Ok(generation)));
     }
 
-    /// Ends a running request with an error.
+    /// Ends a request with an error.
     pub(super) fn fail(&mut self, id: RequestId, error: Error, sink: Sink<'_>) {
-        let Some(i) = self.running.iter().position(|job| job.id == id) else {
-            return;
+        let own = |job: &Job| job.id == id;
+        let job = match self.running.iter().position(own) {
+            Some(i) => self.running.remove(i),
+            None => match self.waiting.iter().position(own) {
+                Some(i) => self.waiting.remove(i),
+                None => return,
+            },
         };
-        let job = self.running.remove(i);
         self.give_back(&job);
+        drop(job);
         self.stats.failed += 1;
         let _ = sink(id, RequestEvent::Done(Err(error)));
     }

@@ -26,7 +26,7 @@ pub type OnRequestEvent = Box<dyn FnMut(RequestEvent) -> ControlFlow<()> + Send>
 
 /// One question of many.
 pub struct Request {
-    /// Prompt rows and their pixels.
+    /// Prompt rows and their pixels, as far as they are there: frames may still be arriving.
     pub inputs: ModelInputs,
     /// How to answer.
     pub options: GenerationOptions,
@@ -142,6 +142,8 @@ struct Shared {
 enum Command {
     Submit(Box<Submitted>),
     Cancel(RequestId),
+    /// A frame has arrived, or will not: worth another step.
+    Wake,
 }
 
 struct Submitted {
@@ -216,6 +218,13 @@ impl Service {
             client,
             mut on_event,
         } = request;
+        // Before the engine looks at the frames for the first time, so that no arrival goes unheard.
+        inputs.listen(|| {
+            let sender = shared.sender.lock().ok().map(|sender| sender.clone());
+            Box::new(move || {
+                let _ = sender.as_ref().map(|sender| sender.send(Command::Wake));
+            })
+        });
         let (model, defaults) = (&shared.model, &shared.defaults);
         let prepared = match Prepared::new(model, defaults, inputs, &options, constraints) {
             Ok(prepared) => prepared,
@@ -282,22 +291,25 @@ struct Worker {
 
 impl Worker {
     fn run(mut self) {
+        // Whether nothing can happen before a command comes: all that there is waits for frames.
+        let mut stalled = false;
         loop {
-            let next = match self.engine.is_idle() {
+            let next = match self.engine.is_idle() || stalled {
                 true => self.receiver.recv().ok(),
                 false => self.receiver.try_recv().ok(),
             };
             match next {
                 Some(command) => {
                     self.obey(command);
+                    stalled = false;
                     continue;
                 }
                 None if self.engine.is_idle() => return,
                 None => {}
             }
-            let step = catch_unwind(AssertUnwindSafe(|| self.step()));
-            if step.is_err() {
-                return self.break_off();
+            match catch_unwind(AssertUnwindSafe(|| self.step())) {
+                Ok(busy) => stalled = !busy,
+                Err(_) => return self.break_off(),
             }
         }
     }
@@ -310,10 +322,11 @@ impl Worker {
                     .submit_as(submitted.id, submitted.prepared, submitted.client);
             }
             Command::Cancel(id) => self.engine.cancel(id),
+            Command::Wake => {}
         }
     }
 
-    fn step(&mut self) {
+    fn step(&mut self) -> bool {
         let callbacks = &mut self.callbacks;
         let mut over = 0;
         let mut sink = |id: RequestId, event: RequestEvent| match event {
@@ -329,7 +342,7 @@ impl Worker {
                 None => ControlFlow::Break(()),
             },
         };
-        self.engine.step(self.text.as_ref(), &mut sink);
+        let busy = self.engine.step(self.text.as_ref(), &mut sink);
         let stats = self.engine.stats();
         if let Some(shared) = self.shared.upgrade() {
             if let Ok(mut told) = shared.stats.lock() {
@@ -337,6 +350,7 @@ impl Worker {
             }
             shared.open.fetch_sub(over, Ordering::SeqCst);
         }
+        busy
     }
 
     /// After a panic nothing is known of the engine's state: everybody hears so, and no more is taken.

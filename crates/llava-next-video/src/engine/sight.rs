@@ -49,14 +49,13 @@ impl Sight {
     /// A pass of what `job` is to see next; `few` for as short a pass as possible.
     pub fn begin(model: &LlavaNextVideoModel, job: &Job, few: bool) -> Option<Sight> {
         let most = if few { 1 } else { PICTURES_PER_PASS };
-        let first = job.unseen().next()?;
-        let unit = &job.units[first];
+        let (_, first) = job.unseen().next()?;
         let (tower, ops) = (model.vision_tower(), model.ops());
-        if let Source::Image(image) = unit.source {
-            let image = job.images[image].clone();
+        if let Source::Image(image) = &first.source {
+            let image = image.clone();
             let tokens = image.layout.tiles * tower.feature_tokens();
             let tiles = Box::new(Tiles {
-                digest: unit.digest,
+                digest: first.digest,
                 selected: ops.buffer(tokens, tower.feature_columns()),
                 image,
                 done: 0,
@@ -64,25 +63,23 @@ impl Sight {
             });
             return Some(Sight::tiles(model, job.id, tiles, most));
         }
-        let mut units: Vec<usize> = Vec::new();
-        for index in job.unseen() {
-            let unit = &job.units[index];
-            let known = units.iter().any(|of| job.units[*of].digest == unit.digest);
-            if matches!(unit.source, Source::Frame { .. }) && !known {
-                units.push(index);
+        let (mut digests, mut pictures): (Vec<Digest>, Vec<&[f32]>) = (Vec::new(), Vec::new());
+        for (_, picture) in job.unseen() {
+            if let Source::Frame(pixels, index) = &picture.source
+                && !digests.contains(&picture.digest)
+            {
+                let stride = pixels.stride();
+                digests.push(picture.digest);
+                pictures.push(&pixels.data[index * stride..(index + 1) * stride]);
             }
-            if units.len() == most {
+            if digests.len() == most {
                 break;
             }
         }
-        let pictures: Vec<&[f32]> = units
-            .iter()
-            .map(|unit| job.pixels(&job.units[*unit], 0))
-            .collect();
         Some(Sight {
             job: job.id,
             pass: tower.begin(ops, &pictures),
-            work: Work::Frames(units.iter().map(|unit| job.units[*unit].digest).collect()),
+            work: Work::Frames(digests),
         })
     }
 

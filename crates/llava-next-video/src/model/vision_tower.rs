@@ -188,6 +188,11 @@ impl VisionTower {
         done: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<Buffer> {
         self.check(pixels)?;
+        if pixels.iter().any(|p| p.data.len() != p.count * p.stride()) {
+            return Err(Error::Input(
+                "a video's frames are still being read: only the engine waits for them".into(),
+            ));
+        }
         let count: usize = pixels.iter().map(|stack| stack.count).sum();
         let tokens = self.feature_tokens();
         let mut features = ops.buffer(count * tokens, self.feature_columns());

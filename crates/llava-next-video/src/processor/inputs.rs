@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use super::anyres::AnyResLayout;
+use super::arriving::Arriving;
 use crate::media::ImageSize;
 
 /// A stack of square pictures, f32, channels first: `[count, 3, size.height, size.width]`.
@@ -38,8 +39,20 @@ pub struct ImageInput {
 /// One video: its frames.
 #[derive(Debug, Clone, PartialEq)]
 pub struct VideoInput {
-    /// `num_frames` pictures.
+    /// `num_frames` pictures; without data where they are still arriving.
     pub frames: Pixels,
+    /// Where the frames come from that are not here yet, made by [`VideoInput::arriving`].
+    pub arriving: Option<Arriving>,
+}
+
+impl From<Pixels> for VideoInput {
+    /// A video whose frames are all here.
+    fn from(frames: Pixels) -> Self {
+        Self {
+            frames,
+            arriving: None,
+        }
+    }
 }
 
 /// A batch for the model. Media are in the order of their placeholders, row by row.
@@ -53,4 +66,13 @@ pub struct ModelInputs {
     pub images: Vec<ImageInput>,
     /// Videos of all rows.
     pub videos: Vec<VideoInput>,
+}
+
+impl ModelInputs {
+    /// Has a listener told of every frame that arrives from now on.
+    pub(crate) fn listen(&self, listener: impl Fn() -> Box<dyn Fn() + Send>) {
+        for arriving in self.videos.iter().filter_map(|v| v.arriving.as_ref()) {
+            arriving.listen(listener());
+        }
+    }
 }

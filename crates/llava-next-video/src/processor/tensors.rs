@@ -141,6 +141,11 @@ impl ModelInputs {
                     .into(),
             ));
         }
+        if self.videos.iter().any(|video| video.arriving.is_some()) {
+            return Err(Error::Input(
+                "a video's frames are still being read: wait for the last one".into(),
+            ));
+        }
         let data: Vec<f32> = self
             .videos
             .iter()
@@ -512,12 +517,11 @@ fn read_videos(file: &SafeTensors<'_>, facts: &ModelFacts) -> Result<Vec<VideoIn
     };
     Ok(values
         .chunks_exact(frames * 3 * size.area())
-        .map(|data| VideoInput {
-            frames: Pixels {
-                count: frames,
-                size,
-                data: Arc::new(data.to_vec()),
-            },
+        .map(|data| Pixels {
+            count: frames,
+            size,
+            data: Arc::new(data.to_vec()),
         })
+        .map(VideoInput::from)
         .collect())
 }

@@ -11,9 +11,9 @@ use serde_json::{Map, Value};
 
 use super::inputs::{Pixels, VideoInput};
 use super::resize::Arithmetic;
-use super::settings::{Fields, NormaliseTable, PixelSettings};
+use super::settings::{Fields, NormaliseTable, PicturePlan, PixelSettings};
 use crate::error::{Error, Result};
-use crate::media::{Video, VideoMetadata};
+use crate::media::{Image, ImageSize, Video, VideoMetadata};
 
 /// Turns videos into normalised frames.
 #[derive(Debug, Clone, PartialEq)]
@@ -69,32 +69,40 @@ impl LlavaNextVideoVideoProcessor {
     /// # Errors
     /// A video without frames or with frames of different sizes.
     pub fn preprocess(&self, videos: &[Video]) -> Result<Vec<VideoInput>> {
-        let table = self.settings.normalisation();
         videos
             .iter()
-            .map(|video| self.preprocess_one(video, &table))
+            .map(|video| self.preprocess_one(video))
             .collect()
     }
 
-    fn preprocess_one(&self, video: &Video, table: &NormaliseTable) -> Result<VideoInput> {
+    /// For the frames of one video, of `size`, one by one.
+    ///
+    /// # Errors
+    /// An empty frame.
+    pub fn frame_scaler(&self, size: ImageSize) -> Result<FrameScaler> {
+        Ok(FrameScaler {
+            plan: self.settings.plan(size)?,
+            table: self.settings.normalisation(),
+        })
+    }
+
+    fn preprocess_one(&self, video: &Video) -> Result<VideoInput> {
         let Some(first) = video.frames.first() else {
             return Err(Error::Media(
                 "a video without frames has nothing in it".into(),
             ));
         };
-        let plan = self.settings.plan(first.size)?;
-        let size = plan.output;
+        let scaler = self.frame_scaler(first.size)?;
+        let size = scaler.size();
         let mut data = vec![0.0; video.frames.len() * 3 * size.area()];
         data.par_chunks_exact_mut(3 * size.area())
             .zip(&video.frames)
-            .try_for_each(|(out, frame)| plan.apply(frame, table, out))?;
-        Ok(VideoInput {
-            frames: Pixels {
-                count: video.frames.len(),
-                size,
-                data: data.into(),
-            },
-        })
+            .try_for_each(|(out, frame)| scaler.scale_into(frame, out))?;
+        Ok(VideoInput::from(Pixels {
+            count: video.frames.len(),
+            size,
+            data: data.into(),
+        }))
     }
 
     /// Which frames the call's `num_frames` or `fps` ask for, the file's settings standing in for both
@@ -119,6 +127,39 @@ impl LlavaNextVideoVideoProcessor {
         // The file's number wins over its rate, as in the reference.
         let fps = self.fps.filter(|_| self.num_frames.is_none());
         sample_frames(total, self.num_frames, fps, metadata)
+    }
+}
+
+/// What happens to each frame of a video, planned once. A frame's values do not depend on the others.
+#[derive(Debug, Clone)]
+pub struct FrameScaler {
+    plan: PicturePlan,
+    table: NormaliseTable,
+}
+
+impl FrameScaler {
+    /// The size of a normalised frame.
+    pub fn size(&self) -> ImageSize {
+        self.plan.output
+    }
+
+    /// One frame, normalised: a stack of one picture.
+    ///
+    /// # Errors
+    /// The frame is not of the video's size.
+    pub fn scale(&self, frame: &Image) -> Result<Pixels> {
+        let size = self.size();
+        let mut data = vec![0.0; 3 * size.area()];
+        self.scale_into(frame, &mut data)?;
+        Ok(Pixels {
+            count: 1,
+            size,
+            data: data.into(),
+        })
+    }
+
+    fn scale_into(&self, frame: &Image, out: &mut [f32]) -> Result<()> {
+        self.plan.apply(frame, &self.table, out)
     }
 }
 

@@ -3,7 +3,6 @@
 use std::io::Read;
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 use llava_next_video::engine::{Engine, Event, Generation, GenerationOptions, StopStrings};
@@ -11,7 +10,7 @@ use llava_next_video::processor::conversation::{Content, Conversation, Message, 
 use llava_next_video::processor::inputs::ModelInputs;
 
 use crate::args::AskArgs;
-use crate::media::LoadedMedia;
+use crate::incoming::{Incoming, reading};
 use crate::model::{self, RunOptions};
 use crate::output;
 use crate::pipeline::{self, Clock, NamedMedium, Pipeline, StageBars};
@@ -43,33 +42,27 @@ pub fn run(args: &AskArgs, media: Vec<NamedMedium>) -> Result<()> {
         messages: system.into_iter().chain([asked]).collect(),
     }];
 
-    let prepare = || {
-        let start = Instant::now();
-        let media = LoadedMedia::load(&conversations, sampling)?;
-        let inputs = pipeline.inputs(&conversations, &media, true)?;
-        Ok((media, inputs, pipeline::seconds(start)))
+    let load = |frames| options.load(pipeline.config.clone(), &pipeline.files, frames);
+    let work = |incoming: &Incoming<'_>| {
+        let (inputs, loaded) = match options.rope {
+            // Scaling to the clip's length needs its length first.
+            Some(_) => {
+                let inputs = incoming.inputs()?;
+                let frames = inputs.frames();
+                (inputs, load(frames)?)
+            }
+            None => {
+                let loaded = load(0)?;
+                (incoming.inputs()?, loaded)
+            }
+        };
+        let counts = (inputs.frames(), inputs.images.len());
+        let mut engine = Engine::new(Arc::new(loaded.model), pipeline.generation.clone());
+        let work = |inputs| answer(&mut engine, &pipeline, &inputs, &generation);
+        Ok((counts, loaded.seconds, incoming.answer(inputs, work)?))
     };
-    // Scaling to the clip's length needs the clip first.
-    let ((media, inputs, media_s), loaded) = match options.rope {
-        Some(_) => {
-            let prepared = prepare()?;
-            let frames = prepared.0.frames();
-            (
-                prepared,
-                options.load(pipeline.config.clone(), &pipeline.files, frames)?,
-            )
-        }
-        None => pipeline::beside(prepare, || {
-            options.load(pipeline.config.clone(), &pipeline.files, 0)
-        })?,
-    };
-    let clock = Clock {
-        media_s,
-        load_s: loaded.seconds,
-    };
-    let mut engine = Engine::new(Arc::new(loaded.model), pipeline.generation.clone());
-    let answer = answer(&mut engine, &pipeline, &inputs, &generation)?;
-    pipeline::report(&media, clock, &answer);
+    let ((counts, load_s, answer), media_s) = reading(&pipeline, &conversations, sampling, work)?;
+    pipeline::report(counts, Clock { media_s, load_s }, &answer);
     Ok(())
 }
 

@@ -219,7 +219,8 @@ impl Chat {
             media_s: 0.0,
             load_s: std::mem::take(&mut self.load_s),
         };
-        pipeline::report(&self.media, clock, &generation);
+        let media = (self.media.frames(), self.media.images.len());
+        pipeline::report(media, clock, &generation);
         let ids = generation.completions.first().map_or(&[][..], |c| &c.ids);
         text_of(&self.pipeline, ids, &self.generation)
     }

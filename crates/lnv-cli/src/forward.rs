@@ -17,8 +17,7 @@ pub fn run(args: &ForwardArgs) -> Result<()> {
     let options = RunOptions::new(&args.model.run)?;
     let pipeline = Pipeline::open(args.model.model.as_deref(), true)?;
     let (inputs, labels) = read_inputs(&args.inputs, &pipeline)?;
-    let frames: usize = inputs.videos.iter().map(|video| video.frames.count).sum();
-    let loaded = options.load(pipeline.config.clone(), &pipeline.files, frames)?;
+    let loaded = options.load(pipeline.config.clone(), &pipeline.files, inputs.frames())?;
     let wanted = ForwardOptions {
         hidden_states: args.hidden_states,
         attentions: args.attentions,

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::args::{Format, GenerateArgs};
 use crate::ask::untrimmed_text_of;
-use crate::media::LoadedMedia;
+use crate::incoming::reading;
 use crate::model::{self, RunOptions};
 use crate::output;
 use crate::pipeline::{self, Clock, Pipeline, StageBars};
@@ -22,32 +22,42 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let sampling = model::sampling(&args.generation.frames)?;
     let pipeline = Pipeline::open(args.model.model.as_deref(), true)?;
     let generation = model::generation(&args.generation, &pipeline.generation, None)?;
-    let start = Instant::now();
-    let (media, inputs) = match (&args.conversation, &args.inputs) {
+    let load = |frames| {
+        let loaded = options.load(pipeline.config.clone(), &pipeline.files, frames)?;
+        let engine = Engine::new(Arc::new(loaded.model), pipeline.generation.clone());
+        anyhow::Ok((engine, loaded.seconds))
+    };
+    let answer = |engine: &mut Engine, inputs: &ModelInputs| {
+        let mut bars = StageBars::new();
+        let text = Text(&pipeline.processor.tokenizer);
+        let result = engine.generate(inputs, &generation, &text, &mut |event| bars.show(&event));
+        bars.finish();
+        Ok(result?)
+    };
+    let ((counts, load_s, result), media_s) = match (&args.conversation, &args.inputs) {
         (Some(path), _) => {
-            let file = pipeline::read_conversations(path)?;
-            let media = LoadedMedia::load(&file.conversations, sampling)?;
-            let inputs = pipeline.inputs(&file.conversations, &media, true)?;
-            (media, inputs)
+            let conversations = pipeline::read_conversations(path)?.conversations;
+            reading(&pipeline, &conversations, sampling, |incoming| {
+                // The model is worth loading once there are inputs for it.
+                let inputs = incoming.inputs()?;
+                let counts = (inputs.frames(), inputs.images.len());
+                let (mut engine, load_s) = load(counts.0)?;
+                let work = |inputs| answer(&mut engine, &inputs);
+                Ok((counts, load_s, incoming.answer(inputs, work)?))
+            })?
         }
-        (None, Some(path)) => (LoadedMedia::default(), read_inputs(path, &pipeline)?.0),
+        (None, Some(path)) => {
+            let start = Instant::now();
+            let inputs = read_inputs(path, &pipeline)?.0;
+            let media_s = pipeline::seconds(start);
+            let (mut engine, load_s) = load(inputs.frames())?;
+            (((0, 0), load_s, answer(&mut engine, &inputs)?), media_s)
+        }
         (None, None) => anyhow::bail!("give --conversation or --inputs"),
     };
-    let media_s = pipeline::seconds(start);
-    let frames: usize = inputs.videos.iter().map(|video| video.frames.count).sum();
-    let loaded = options.load(pipeline.config.clone(), &pipeline.files, frames)?;
-    let clock = Clock {
-        media_s,
-        load_s: loaded.seconds,
-    };
-    let mut engine = Engine::new(Arc::new(loaded.model), pipeline.generation.clone());
-    let mut bars = StageBars::new();
-    let text = Text(&pipeline.processor.tokenizer);
-    let result = engine.generate(&inputs, &generation, &text, &mut |event| bars.show(&event));
-    bars.finish();
-    let result = result?;
+    let clock = Clock { media_s, load_s };
     print(args.format, &pipeline, &generation, &result, clock)?;
-    pipeline::report(&media, clock, &result);
+    pipeline::report(counts, clock, &result);
     Ok(())
 }
 

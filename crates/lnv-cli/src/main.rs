@@ -11,6 +11,7 @@ mod checkpoint;
 mod fetch;
 mod forward;
 mod generate;
+mod incoming;
 mod inspect;
 mod media;
 mod memory;

@@ -5,8 +5,9 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use llava_next_video::media::{
-    FrameSampling, Image, MediaLimits, Video, VideoMetadata, decode_data_uri_or_base64,
-    decode_image, decode_video, load_image, sample_indices,
+    FrameSampling, Image, MediaLimits, SampledFrame, Video, VideoMetadata, VideoPart,
+    decode_data_uri_or_base64, decode_image, decode_video, decode_video_with, load_image,
+    sample_indices,
 };
 use llava_next_video::processor::conversation::{Conversation, MediaSource};
 
@@ -79,13 +80,15 @@ pub fn source(text: &str) -> MediaSource {
     }
 }
 
-fn named<'a>(source: Option<&'a MediaSource>, kind: &str) -> Result<&'a MediaSource> {
+/// The source of a medium, which must have one.
+pub fn named<'a>(source: Option<&'a MediaSource>, kind: &str) -> Result<&'a MediaSource> {
     source.with_context(|| {
         format!("the conversation has {kind} without a source: give it a \"path\" or a \"url\"")
     })
 }
 
-fn image(source: &MediaSource, limits: &MediaLimits) -> Result<Image> {
+/// One picture.
+pub fn image(source: &MediaSource, limits: &MediaLimits) -> Result<Image> {
     Ok(match source {
         MediaSource::Path(path) => load_image(path, limits)?,
         MediaSource::Base64(text) => decode_data_uri_or_base64(text, limits)?,
@@ -98,22 +101,55 @@ fn image(source: &MediaSource, limits: &MediaLimits) -> Result<Image> {
     })
 }
 
-fn video(source: &MediaSource, sampling: FrameSampling, limits: &MediaLimits) -> Result<Video> {
+/// One video, whole.
+pub fn video(source: &MediaSource, sampling: FrameSampling, limits: &MediaLimits) -> Result<Video> {
+    if let MediaSource::Frames(frames) = source {
+        return video_of_images(frames, sampling, limits);
+    }
+    local(source, |path| decode_video(path, sampling, limits, None))
+}
+
+/// One video, frame by frame as [`decode_video_with`] hands them over; what a person should know of it.
+pub fn frames(
+    source: &MediaSource,
+    sampling: FrameSampling,
+    limits: &MediaLimits,
+    sink: &mut dyn FnMut(SampledFrame) -> llava_next_video::Result<()>,
+) -> Result<Vec<String>> {
+    if let MediaSource::Frames(frames) = source {
+        let video = video_of_images(frames, sampling, limits)?;
+        let of = video.frames.len();
+        for (position, image) in video.frames.into_iter().enumerate() {
+            sink(SampledFrame {
+                position,
+                of,
+                index: video.frames_indices[position],
+                timestamp: video.timestamps[position],
+                image,
+            })?;
+        }
+        return Ok(video.notes);
+    }
+    let how = (sampling, VideoPart::WHOLE);
+    let decode = |path: &Path| decode_video_with(path, how, limits, None, sink);
+    Ok(local(source, decode)?.notes)
+}
+
+/// What `decode` makes of a video file, fetched first where it is elsewhere.
+fn local<T>(
+    source: &MediaSource,
+    decode: impl FnOnce(&Path) -> llava_next_video::Result<T>,
+) -> Result<T> {
     match source {
-        MediaSource::Path(path) => local_video(path, sampling, limits),
+        MediaSource::Path(path) => Ok(decode(path)?),
         MediaSource::Url(url) => {
             let file = fetch::download(url)?;
-            local_video(file.path(), sampling, limits).with_context(|| format!("in {url}"))
+            decode(file.path()).with_context(|| format!("in {url}"))
         }
-        MediaSource::Frames(frames) => video_of_images(frames, sampling, limits),
-        MediaSource::Base64(_) => {
+        MediaSource::Base64(_) | MediaSource::Frames(_) => {
             bail!("a video in base64 cannot be read here: write it to a file and give its path")
         }
     }
-}
-
-fn local_video(path: &Path, sampling: FrameSampling, limits: &MediaLimits) -> Result<Video> {
-    Ok(decode_video(path, sampling, limits, None)?)
 }
 
 /// A video given as pictures, sampled like any other. It has no frame rate, so none can be asked for.

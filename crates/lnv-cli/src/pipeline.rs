@@ -89,10 +89,10 @@ impl Pipeline {
 }
 
 impl Pipeline {
-    /// One conversation that asks for an answer, and its media, scaled before, to inputs.
+    /// Conversations that ask for an answer, and their media, scaled before, to inputs.
     pub fn inputs_scaled(
         &self,
-        conversation: Conversation,
+        conversations: &[Conversation],
         images: Vec<ImageInput>,
         videos: Vec<VideoInput>,
     ) -> llava_next_video::error::Result<ModelInputs> {
@@ -102,7 +102,7 @@ impl Pipeline {
         };
         let options = ProcessOptions::default();
         let processed = self.processor.apply_chat_template_scaled(
-            &[conversation],
+            conversations,
             images,
             videos,
             &template,
@@ -258,17 +258,17 @@ pub struct Clock {
     pub load_s: f64,
 }
 
-/// The line at the end: frames, tokens, seconds a stage, tokens a second.
-pub fn report(media: &LoadedMedia, clock: Clock, generation: &Generation) {
+/// The line at the end: frames, images, tokens, seconds a stage, tokens a second.
+pub fn report((frames, images): (usize, usize), clock: Clock, generation: &Generation) {
     let t = &generation.timings;
     let new: usize = generation.completions.iter().map(|c| c.ids.len()).sum();
     let prompt: usize = generation.prompt_tokens.iter().sum();
     let mut parts = Vec::new();
-    if media.frames() > 0 {
-        parts.push(count(media.frames(), "frame"));
+    if frames > 0 {
+        parts.push(count(frames, "frame"));
     }
-    if !media.images.is_empty() {
-        parts.push(count(media.images.len(), "image"));
+    if images > 0 {
+        parts.push(count(images, "image"));
     }
     let cached = match generation.cached_tokens {
         0 => String::new(),
@@ -292,21 +292,6 @@ pub fn report(media: &LoadedMedia, clock: Clock, generation: &Generation) {
         t.prefill_s,
         t.decode_s,
     ));
-}
-
-/// Runs media loading beside the loading of weights: both are waiting for different things.
-pub fn beside<A: Send, B>(
-    first: impl FnOnce() -> Result<A> + Send,
-    second: impl FnOnce() -> Result<B>,
-) -> Result<(A, B)> {
-    std::thread::scope(|scope| {
-        let first = scope.spawn(first);
-        let second = second();
-        match first.join() {
-            Ok(first) => Ok((first?, second?)),
-            Err(_) => bail!("reading the media broke off. This is a bug: please report it"),
-        }
-    })
 }
 
 /// Seconds since `start`.

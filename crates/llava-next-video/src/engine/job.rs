@@ -169,8 +169,7 @@ fn units(placed: &Placed, inputs: &ModelInputs) -> (Vec<Unit>, Vec<Coming>) {
         places = rest;
         units.push(unit(own, Some(Picture::image(image))));
     }
-    let frames: usize = inputs.videos.iter().map(|video| video.frames.count).sum();
-    let per_frame = placed.videos.len() / frames.max(1);
+    let per_frame = placed.videos.len() / inputs.frames().max(1);
     let mut places = placed.videos.chunks(per_frame.max(1));
     for video in &inputs.videos {
         coming.extend(video.arriving.clone().map(|video| Coming {

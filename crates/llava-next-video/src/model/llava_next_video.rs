@@ -390,8 +390,7 @@ impl LlavaNextVideoModel {
         let ids = placed.ids();
         let mut embeds = self.weights.language_model.embed(&self.ops, &ids);
         let images: usize = inputs.images.iter().map(|image| image.tiles.count).sum();
-        let videos: usize = inputs.videos.iter().map(|video| video.frames.count).sum();
-        let all = images + videos;
+        let all = images + inputs.frames();
 
         let mut image_features = None;
         if !inputs.images.is_empty() {

@@ -69,6 +69,11 @@ pub struct ModelInputs {
 }
 
 impl ModelInputs {
+    /// Frames of all videos, arriving ones too.
+    pub fn frames(&self) -> usize {
+        self.videos.iter().map(|video| video.frames.count).sum()
+    }
+
     /// Has a listener told of every frame that arrives from now on.
     pub(crate) fn listen(&self, listener: impl Fn() -> Box<dyn Fn() + Send>) {
         for arriving in self.videos.iter().filter_map(|v| v.arriving.as_ref()) {

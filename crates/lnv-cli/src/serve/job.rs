@@ -252,7 +252,7 @@ pub async fn prepare(
         room,
         ..
     } = pictures;
-    let inputs = aside(move || pipeline.inputs_scaled(conversation, images, videos)).await??;
+    let inputs = aside(move || pipeline.inputs_scaled(&[conversation], images, videos)).await??;
     let prompt_tokens = inputs.input_ids.first().map_or(0, Vec::len);
     if prompt_tokens >= server.settings.context {
         return Err(too_long(server, prompt_tokens));

@@ -179,6 +179,52 @@ fn ask_streams_what_generate_writes() {
     assert_ne!(answers[0], answers[1]);
 }
 
+/// `process` reads a clip whole; `generate` sees its first frames while the next are being decoded.
+#[test]
+fn frames_on_their_way_give_the_answer_of_a_clip_read_whole() {
+    let folder = Folder::new();
+    let media = golden().join("../media");
+    let sound = std::fs::read(media.join("h264.mp4")).unwrap();
+    // Its packets promise frames that cannot be decoded: the frames begin again, and so does the answer.
+    let mut broken = sound.clone();
+    broken[sound.len() / 4..][..sound.len() / 12].fill(0x5a);
+    let broken = folder.write("broken.mp4", broken);
+    let clip = |name: &str| media.join(name).to_str().unwrap().to_owned();
+    let clips = ["h264.mp4", "vp9.webm", "h264.avi", "gif.gif"].map(clip);
+    for clip in clips.iter().chain([&broken]) {
+        let video = |path: &str| serde_json::json!({"type": "video", "path": path});
+        // Of two clips the last one comes frame by frame.
+        let content = [
+            video("media/clip-64x48.mp4"),
+            video(clip),
+            serde_json::json!({"type": "text", "text": "What is it?"}),
+        ];
+        let user = serde_json::json!([{"role": "user", "content": content}]);
+        let file = folder.write("c.json", user.to_string());
+        let inputs = folder.path("inputs.safetensors");
+        let how = ["--model", MODEL, "--num-frames", "8"];
+        let asked = ["process", "--conversation", &file, "--output", &inputs];
+        run(&[&asked[..], &how].concat()).answer();
+        let how = [
+            "--model",
+            MODEL,
+            "--max-new-tokens",
+            "9",
+            "--format",
+            "json",
+        ];
+        let asked = ["generate", "--inputs", &inputs];
+        let whole = json(run(&[&asked[..], &how].concat()));
+        let asked = ["generate", "--conversation", &file, "--num-frames", "8"];
+        let said = run(&[&asked[..], &how].concat());
+        assert!(said.err.contains("16 frames"), "{}", said.err);
+        let arriving = json(said);
+        for key in ["sequences", "texts", "prompt_tokens"] {
+            assert_eq!(arriving[key], whole[key], "{clip}");
+        }
+    }
+}
+
 #[test]
 fn a_stop_text_ends_the_answer_before_it() {
     let folder = Folder::new();

@@ -35,7 +35,7 @@ pub use sample::sample_indices;
 pub use still::{decode_data_uri_or_base64, decode_image, load_image};
 pub use video::{
     SampledFrame, VideoSummary, decode_video, decode_video_everything, decode_video_part,
-    decode_video_with, probe_video,
+    decode_video_watched, decode_video_with, probe_video,
 };
 
 /// Height and width in pixels. Always this struct, height first; never a bare pair.

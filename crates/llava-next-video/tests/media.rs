@@ -147,14 +147,11 @@ fn seeking_is_used_wherever_the_packets_allow() {
         for n in [1, 3, 8, 30] {
             let path = testdata().join(&name);
             let sampling = FrameSampling::Default(n);
-            let summary = decode_video_with(
-                path,
-                (sampling, VideoPart::WHOLE),
-                &limits,
-                None,
-                &mut |_| Ok(()),
-            )
-            .unwrap();
+            let summary =
+                decode_video_with(path, sampling, VideoPart::WHOLE, &limits, None, &mut |_| {
+                    Ok(())
+                })
+                .unwrap();
             assert_eq!(summary.seeked, info.seekable, "{name}, {n} frames");
         }
     }
@@ -256,8 +253,8 @@ fn a_broken_promise_begins_again_and_mixes_nothing() {
                     starts += usize::from(frame.position == 0);
                     Ok(())
                 };
-                let how = (sampling, VideoPart::WHOLE);
-                let summary = decode_video_with(&path, how, &limits, None, &mut sink);
+                let all = VideoPart::WHOLE;
+                let summary = decode_video_with(&path, sampling, all, &limits, None, &mut sink);
                 begun_again += usize::from(starts > 1);
                 // Where no sampled frame is hit, nobody finds out.
                 if let (Ok(got), Ok(whole)) = (&got, &whole)
@@ -420,15 +417,15 @@ fn the_caller_can_stop_and_can_stream() {
         seen.push(frame.index);
         Ok(())
     };
-    let eight = (FrameSampling::Default(8), VideoPart::WHOLE);
-    let summary = decode_video_with(&path, eight, &limits, None, &mut sink);
+    let (eight, whole) = (FrameSampling::Default(8), VideoPart::WHOLE);
+    let summary = decode_video_with(&path, eight, whole, &limits, None, &mut sink);
     assert_eq!(seen, summary.unwrap().frames_indices);
     let mut count = 0;
     let mut full = |_| {
         count += 1;
         Err(Error::Input("enough".into()))
     };
-    let error = decode_video_with(&path, eight, &limits, None, &mut full);
+    let error = decode_video_with(&path, eight, whole, &limits, None, &mut full);
     assert_eq!(
         (error.unwrap_err().to_string().as_str(), count),
         ("enough", 1)

@@ -130,8 +130,8 @@ pub fn frames(
         }
         return Ok(video.notes);
     }
-    let how = (sampling, VideoPart::WHOLE);
-    let decode = |path: &Path| decode_video_with(path, how, limits, None, sink);
+    let part = VideoPart::WHOLE;
+    let decode = |path: &Path| decode_video_with(path, sampling, part, limits, None, sink);
     Ok(local(source, decode)?.notes)
 }
 

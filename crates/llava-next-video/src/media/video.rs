@@ -81,8 +81,29 @@ pub fn decode_video_part(
     limits: &MediaLimits,
     cancel: Option<&AtomicBool>,
 ) -> Result<Video> {
-    collect(path.as_ref(), limits, |sink| {
-        decode(path.as_ref(), (sampling, part), limits, cancel, sink)
+    let mut nobody = |_: &SampledFrame| ();
+    decode_video_watched(path, sampling, part, limits, cancel, &mut nobody)
+}
+
+/// As [`decode_video_part`], while `watch` sees each frame as [`decode_video_with`] hands it over.
+///
+/// # Errors
+///
+/// As [`decode_video_part`].
+pub fn decode_video_watched(
+    path: impl AsRef<Path>,
+    sampling: FrameSampling,
+    part: VideoPart,
+    limits: &MediaLimits,
+    cancel: Option<&AtomicBool>,
+    watch: &mut dyn FnMut(&SampledFrame),
+) -> Result<Video> {
+    let path = path.as_ref();
+    collect(path, limits, |sink| {
+        decode_video_with(path, sampling, part, limits, cancel, &mut |frame| {
+            watch(&frame);
+            sink(frame)
+        })
     })
 }
 
@@ -132,21 +153,13 @@ pub fn decode_video_everything(
 /// As [`decode_video_part`].
 pub fn decode_video_with(
     path: impl AsRef<Path>,
-    (sampling, part): (FrameSampling, VideoPart),
+    sampling: FrameSampling,
+    part: VideoPart,
     limits: &MediaLimits,
     cancel: Option<&AtomicBool>,
     sink: &mut dyn FnMut(SampledFrame) -> Result<()>,
 ) -> Result<VideoSummary> {
-    decode(path.as_ref(), (sampling, part), limits, cancel, sink)
-}
-
-fn decode(
-    path: &Path,
-    (sampling, part): (FrameSampling, VideoPart),
-    limits: &MediaLimits,
-    cancel: Option<&AtomicBool>,
-    sink: &mut dyn FnMut(SampledFrame) -> Result<()>,
-) -> Result<VideoSummary> {
+    let path = path.as_ref();
     let control = Control {
         cancel,
         deadline: limits.deadline,

@@ -14,12 +14,13 @@ use llava_next_video::engine::{Constraints, Event, FinishReason, Generation};
 use llava_next_video::processor::conversation::Conversation;
 use serde_json::{Value, json};
 
+use super::arriving::begin;
 use super::body;
 use super::content::{self, Named};
 use super::error::{ApiError, ApiResult};
 use super::events;
 use super::fields::{self, Fields};
-use super::job::{Asked, Job, Place, Update, aside, pictures, prepare};
+use super::job::{Asked, Job, Place, Update, aside, pictures};
 use super::json_schema::SchemaError;
 use super::log::RequestLog;
 use super::logprobs::{self, Teller};
@@ -63,23 +64,22 @@ async fn answer(
     let parsed = aside(move || parse(&own, &bytes)).await??;
     let place = Arc::new(Place::take(server)?);
     let constraints = constraints(server, &parsed.wanted).await?;
-    let pictures = pictures(server, parsed.media).await?;
-    // Data URIs have been decoded by now.
-    drop(held.room);
-    let media_s = pictures.seconds;
-    {
-        let mut entry = log.entry();
-        entry.media_s = media_s;
-        entry.pictures = pictures.count();
-    }
-    let prepared = prepare(server, parsed.conversation, pictures).await?;
+    let mut read = pictures(server, parsed.media).await?;
     let asked = Asked {
         options: parsed.wanted.options.clone(),
         constraints,
         client: client(server, peer, &headers, parsed.user.as_deref()),
         progress: parsed.wanted.stream && parsed.wanted.progress,
     };
-    let job = Job::start(server, prepared, place, asked).await?;
+    let job = begin(server, &mut read, parsed.conversation, place, asked).await?;
+    // Data URIs have been decoded by now.
+    drop(held.room);
+    let media_s = read.pictures.seconds;
+    {
+        let mut entry = log.entry();
+        entry.media_s = media_s;
+        entry.pictures = read.pictures.count();
+    }
     let answer = Answer {
         server: Arc::clone(server),
         log: log.clone(),

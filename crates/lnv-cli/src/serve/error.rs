@@ -189,6 +189,11 @@ impl ApiError {
         Self::new(status, "server_error", Some("internal_error"), message)
     }
 
+    /// 500 after a panic.
+    pub fn bug() -> Self {
+        Self::internal("the server ran into a bug of its own: please report it")
+    }
+
     /// The body.
     pub fn json(&self) -> Value {
         json!({"error": {

@@ -17,16 +17,16 @@ use llava_next_video::processor::conversation::{Content, Conversation};
 use llava_next_video::processor::inputs::{ImageInput, ModelInputs, VideoInput};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
+use super::arriving::{self, Read};
 use super::content::Named;
 use super::error::{ApiError, ApiResult};
-use super::media::{Fetched, MediaError, MediaErrorKind, MediaKind, Medium};
+use super::media::{Fetched, MediaError, MediaErrorKind, MediaKind, Medium, Watch};
 use super::state::Server;
 
 /// Runs what computes or waits for files away from the threads that answer; a panic there is one request's.
 pub async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> ApiResult<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|_| ApiError::internal("the server ran into a bug of its own: please report it"))
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|_| ApiError::bug())
 }
 
 /// Takes `n` of a budget, waiting for it in line.
@@ -73,6 +73,13 @@ impl Pictures {
     fn frames(&self) -> usize {
         self.videos.iter().map(|video| video.frames.count).sum()
     }
+
+    /// The video that was on its way has been read, and this is it.
+    pub fn has_arrived(&mut self, whole: &VideoInput) {
+        let arriving = |video: &&mut VideoInput| video.arriving.is_some();
+        let arriving = self.videos.iter_mut().filter(arriving);
+        arriving.for_each(|video| *video = whole.clone());
+    }
 }
 
 /// A prompt that the engine can run.
@@ -87,10 +94,14 @@ pub struct Prepared {
 ///
 /// Files lie on disk until there is room for what the model gets of all of them; then one after another is decoded,
 /// scaled and dropped, so that a request holds one decoded medium at a time, and waits for memory only while it holds
-/// none. What is named twice is read once.
-pub async fn pictures(server: &Arc<Server>, named: Vec<Named>) -> ApiResult<Pictures> {
+/// none. What is named twice is read once. The last may be a video that goes on being read.
+pub async fn pictures(server: &Arc<Server>, named: Vec<Named>) -> ApiResult<Read> {
     if named.is_empty() {
-        return Ok(Pictures::default());
+        let pictures = Pictures::default();
+        return Ok(Read {
+            pictures,
+            rest: None,
+        });
     }
     let start = Instant::now();
     // Reading takes memory and processors, so few requests do it at once; those that fetch have a line of
@@ -100,7 +111,7 @@ pub async fn pictures(server: &Arc<Server>, named: Vec<Named>) -> ApiResult<Pict
         true => &server.gates.fetching,
         false => &server.gates.preparing,
     };
-    let turn = take(line, 1).await?;
+    let mut turn = Some(take(line, 1).await?);
     let (files, order) = fetch(server, named).await?;
     let side = server.pipeline.config.vision_config.image_size;
     let kib = |tiles: usize| (tiles * side * side * 3 * 4) >> 10;
@@ -118,12 +129,22 @@ pub async fn pictures(server: &Arc<Server>, named: Vec<Named>) -> ApiResult<Pict
     let mut pictures = Pictures::default();
     let mut scaled: Vec<Scaled> = Vec::new();
     let mut used = 0;
+    let mut rest = None;
     for index in order {
         if index == scaled.len() {
-            let (param, file) = &files[index];
-            let (own, file) = (Arc::clone(server), Arc::clone(file));
-            let one = aside(move || read(&own, &file)).await?;
-            let one = one.map_err(|error| error.answer(param))?;
+            let one = match turn.take_if(|_| index + 1 == files.len()) {
+                Some(turn) => {
+                    let (one, more) = arriving::last(server, &files[index], turn, start).await?;
+                    rest = more;
+                    one
+                }
+                None => {
+                    let (param, file) = &files[index];
+                    let (own, file) = (Arc::clone(server), Arc::clone(file));
+                    let one = aside(move || read(&own, &file)).await?;
+                    one.map_err(|error| error.answer(param))?
+                }
+            };
             used += match &one {
                 Scaled::Image(image) => image.tiles.count,
                 Scaled::Video(video) => video.frames.count,
@@ -136,12 +157,11 @@ pub async fn pictures(server: &Arc<Server>, named: Vec<Named>) -> ApiResult<Pict
         }
         check_frames(server, pictures.frames())?;
     }
-    drop(turn);
     let spare = taken.saturating_sub(kib(used).max(1));
     drop(room.split(spare));
     pictures.room = Some(Arc::new(room));
     pictures.seconds = start.elapsed().as_secs_f64();
-    Ok(pictures)
+    Ok(Read { pictures, rest })
 }
 
 /// A request's files, each once, and which of them each of its media is.
@@ -182,19 +202,24 @@ async fn fetch(server: &Arc<Server>, named: Vec<Named>) -> ApiResult<Files> {
 }
 
 /// A medium as the model takes it.
-enum Scaled {
+pub enum Scaled {
+    /// One picture.
     Image(ImageInput),
+    /// A video.
     Video(VideoInput),
 }
 
 /// Why there is none.
-enum Unread {
+pub enum Unread {
+    /// It is no medium.
     Media(MediaError),
+    /// The model does not take it.
     Model(llava_next_video::Error),
 }
 
 impl Unread {
-    fn answer(self, param: &str) -> ApiError {
+    /// As the medium that the request names at `param`.
+    pub fn answer(self, param: &str) -> ApiError {
         match self {
             Self::Media(error) => refusal(error, param, false),
             Self::Model(error) => ApiError::from(error),
@@ -204,9 +229,15 @@ impl Unread {
 
 /// Decodes and scales; what was decoded is gone afterwards, but for the cache's copy.
 fn read(server: &Server, file: &Fetched) -> Result<Scaled, Unread> {
-    let loaded = server.media.decode(file).map_err(Unread::Media)?;
+    let nobody: Watch = Box::new(|_| ());
+    let loaded = server.media.decode(file, nobody).map_err(Unread::Media)?;
+    scale(server, &loaded.medium)
+}
+
+/// What was decoded, as the model takes it.
+pub fn scale(server: &Server, medium: &Medium) -> Result<Scaled, Unread> {
     let processor = &server.pipeline.processor;
-    let scaled = match &loaded.medium {
+    let scaled = match medium {
         Medium::Image(image) => processor.scale_image(image).map(Scaled::Image),
         Medium::Video(video) => processor.scale_video(video).map(Scaled::Video),
     };
@@ -319,6 +350,7 @@ pub enum Update {
 }
 
 /// How to answer a question, and for whom.
+#[derive(Clone)]
 pub struct Asked {
     /// The engine's options.
     pub options: GenerationOptions,

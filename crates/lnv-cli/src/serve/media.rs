@@ -37,7 +37,7 @@ use fetch::Fetcher;
 use gate::{Budget, Gate};
 use source::Source;
 
-pub use decode::Loaded;
+pub use decode::{Loaded, Watch};
 pub use describe::{Described, DescribedFrame};
 
 /// What sources are taken and how much of each.
@@ -311,7 +311,8 @@ impl MediaStore {
     /// The pictures of `source`, without the room that they take.
     #[cfg(test)]
     pub fn load(&self, source: &MediaSource) -> Result<Medium, MediaError> {
-        Ok(self.decode(&self.fetch(source)?)?.medium)
+        let nobody: Watch = Box::new(|_| ());
+        Ok(self.decode(&self.fetch(source)?, nobody)?.medium)
     }
 
     /// The bytes of `source`, on disk. Blocks, at most for the sum of the policy's times.
@@ -334,11 +335,12 @@ impl MediaStore {
     }
 
     /// The pictures of what was fetched. Blocks, at most for the sum of the policy's times. Whoever holds decoded
-    /// media must not wait here for more: others wait for theirs.
+    /// media must not wait here for more: others wait for theirs. `watch` sees frames on their way where they are
+    /// decoded for this call, and none where they were decoded before or are for another.
     ///
     /// # Errors
     /// See [`MediaErrorKind`].
-    pub fn decode(&self, fetched: &Fetched) -> Result<Loaded, MediaError> {
+    pub fn decode(&self, fetched: &Fetched, watch: Watch) -> Result<Loaded, MediaError> {
         let (policy, source) = (&self.policy, &fetched.source);
         let key = &fetched.key;
         if let Some(found) = self.found(key, &source.url)? {
@@ -362,7 +364,7 @@ impl MediaStore {
                         end: source.end,
                     },
                 };
-                let loaded = decode::decode(job, policy, &self.decodes, &self.memory)?;
+                let loaded = decode::decode(job, watch, policy, &self.decodes, &self.memory)?;
                 let medium = loaded.medium.clone();
                 let bytes = medium.bytes();
                 held(&self.decoded).insert(key.clone(), medium, bytes);
@@ -438,7 +440,8 @@ impl MediaStore {
     /// # Errors
     /// As [`MediaStore::fetch`] and [`MediaStore::decode`].
     pub fn describe(&self, source: &MediaSource) -> Result<Described, MediaError> {
-        describe::describe(&self.decode(&self.fetch(source)?)?.medium)
+        let nobody: Watch = Box::new(|_| ());
+        describe::describe(&self.decode(&self.fetch(source)?, nobody)?.medium)
     }
 
     /// What there is now and what was done.

@@ -17,12 +17,13 @@ use llava_next_video::engine::{Constraints, Generation};
 use llava_next_video::processor::conversation::{Conversation, Message, Role};
 use serde_json::{Value, json};
 
+use super::arriving::{Read, begin};
 use super::body;
 use super::chat::{axum_json, client, constraints, now, reason, text, usage, wait};
 use super::content::{self, Named};
 use super::error::{ApiError, ApiResult};
 use super::fields::{self, Fields};
-use super::job::{Asked, Job, Pictures, Place, aside, pictures, prepare, question};
+use super::job::{Asked, Job, Place, aside, pictures, prepare, question};
 use super::log::RequestLog;
 use super::request::Wanted;
 use super::state::{Peer, Server};
@@ -69,23 +70,19 @@ async fn answer(
     let mut parsed = aside(move || parse(&own, &bytes)).await??;
     let place = Arc::new(Place::take(server)?);
     let constraints = constraints(server, &parsed.wanted).await?;
-    let pictures = pictures(server, parsed.video.take().into_iter().collect()).await?;
-    drop(held.room);
-    {
-        let mut entry = log.entry();
-        entry.media_s = pictures.seconds;
-        entry.pictures = pictures.count();
-    }
-    let asker = Asker {
+    let read = pictures(server, parsed.video.take().into_iter().collect()).await?;
+    let mut asker = Asker {
         client: client(server, peer, &headers, parsed.user.as_deref()),
         server,
         log,
         parsed: &parsed,
-        pictures,
+        read,
         place,
         constraints,
     };
-    let first = asker.ask(0).await?;
+    let first = asker.begin().await?;
+    drop(held.room);
+    let asker = asker;
     let rest = iter(1..parsed.questions.len())
         .map(|index| asker.ask(index))
         .buffered(AT_ONCE)
@@ -173,14 +170,35 @@ struct Asker<'a> {
     server: &'a Arc<Server>,
     log: &'a RequestLog,
     parsed: &'a Parsed,
-    pictures: Pictures,
+    read: Read,
     place: Arc<Place>,
     constraints: Option<Arc<dyn Constraints>>,
     client: u64,
 }
 
 impl Asker<'_> {
+    /// Asks the first question, perhaps while the clip is still being read.
+    async fn begin(&mut self) -> ApiResult<Generation> {
+        let (conversation, asked, place) = self.question(0);
+        let mut job = begin(self.server, &mut self.read, conversation, place, asked).await?;
+        {
+            let mut entry = self.log.entry();
+            entry.media_s = self.read.pictures.seconds;
+            entry.pictures = self.read.pictures.count();
+        }
+        wait(&mut job, self.log, Instant::now()).await
+    }
+
+    /// Asks another.
     async fn ask(&self, index: usize) -> ApiResult<Generation> {
+        let (conversation, asked, place) = self.question(index);
+        let pictures = self.read.pictures.clone();
+        let prepared = prepare(self.server, conversation, pictures).await?;
+        let mut job = Job::start(self.server, prepared, place, asked).await?;
+        wait(&mut job, self.log, Instant::now()).await
+    }
+
+    fn question(&self, index: usize) -> (Conversation, Asked, Arc<Place>) {
         let mut conversation = Conversation::default();
         if let Some(system) = &self.parsed.system {
             let message = Message::text(Role::System, system.clone());
@@ -190,15 +208,12 @@ impl Asker<'_> {
         conversation
             .messages
             .push(Message::new(Role::User, content));
-        let prepared = prepare(self.server, conversation, self.pictures.clone()).await?;
         let asked = Asked {
             options: self.parsed.wanted.options.clone(),
             constraints: self.constraints.clone(),
             client: self.client,
             progress: false,
         };
-        let place = Arc::clone(&self.place);
-        let mut job = Job::start(self.server, prepared, place, asked).await?;
-        wait(&mut job, self.log, Instant::now()).await
+        (conversation, asked, Arc::clone(&self.place))
     }
 }

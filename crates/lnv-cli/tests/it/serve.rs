@@ -227,6 +227,53 @@ fn answers_are_those_of_the_command_whole_and_streamed() {
     }
 }
 
+/// The first to ask about a clip sees its frames as they are decoded; the others get it whole.
+#[test]
+fn a_clip_is_answered_the_same_on_its_way_and_whole() {
+    let media = golden().join("../media");
+    let folder = crate::support::Folder::new();
+    let sound = std::fs::read(media.join("h264.mp4")).unwrap();
+    // Its packets promise frames that cannot be decoded: its frames begin again.
+    let mut broken = sound.clone();
+    broken[sound.len() / 4..][..sound.len() / 12].fill(0x5a);
+    let clips = [
+        ("broken.mp4", broken),
+        ("h264.mp4", sound),
+        ("h264.avi", std::fs::read(media.join("h264.avi")).unwrap()),
+    ];
+    let server = Served::start(&[]);
+    for (name, bytes) in clips {
+        let path = folder.write(name, &bytes);
+        let question = "Which way does it move?";
+        let alone = run(&["ask", "--video", &path, question]).answer();
+        let url = format!("data:video/mp4;base64,{}", BASE64_STANDARD.encode(&bytes));
+        let part = json!({"type": "video_url", "video_url": {"url": url}});
+        let text = json!({"type": "text", "text": question});
+        let body = json!({"messages": [{"role": "user", "content": [part, text]}]});
+        let encoded = server.metric("lnv_features_encoded_total");
+        std::thread::scope(|scope| {
+            let asked: Vec<_> = (0..4).map(|_| scope.spawn(|| server.chat(&body))).collect();
+            for answer in asked {
+                assert_eq!(content(&answer.join().unwrap(), 0), alone.trim(), "{name}");
+            }
+        });
+        let questions = json!({"video": {"url": url}, "questions": [question, question]});
+        let answers = server.post("/v1/videos/questions", &questions).json();
+        for index in 0..2 {
+            assert_eq!(answers["data"][index]["answer"], alone.trim(), "{name}");
+        }
+        // Each frame is seen once, however it came; those of the broken one that did not count too.
+        let encoded = server.metric("lnv_features_encoded_total") - encoded;
+        assert!(encoded <= 16.0, "{name}: {encoded}");
+    }
+    // The first to ask may also ask many questions.
+    let server = Served::start(&[]);
+    let url = data_uri("left.mp4");
+    let body = json!({"video": {"url": url}, "questions": ["Which way does it move?"]});
+    let answer = server.post("/v1/videos/questions", &body).json();
+    assert_eq!(answer["data"][0]["answer"], "left");
+}
+
 #[test]
 fn lengths_stops_and_several_answers() {
     let server = Served::start(&[]);

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use llava_next_video::Error;
 use llava_next_video::media::{
-    FrameSampling, Image, MediaLimits, Video, VideoMetadata, VideoPart, decode_image,
-    decode_video_part, sample_indices,
+    FrameSampling, Image, MediaLimits, SampledFrame, Video, VideoMetadata, VideoPart, decode_image,
+    decode_video_watched, sample_indices,
 };
 use sha2::{Digest, Sha256};
 
@@ -103,6 +103,10 @@ impl DecodeKey {
     }
 }
 
+/// Sees each frame of a video as it is decoded, in order; from position 0 again where the file turns out to be
+/// damaged. It runs on the decoder's thread.
+pub type Watch = Box<dyn FnMut(&SampledFrame) + Send>;
+
 /// One decode.
 pub(super) struct Job {
     pub(super) content: Content,
@@ -116,6 +120,7 @@ pub(super) struct Job {
 /// Decodes once there is a place.
 pub(super) fn decode(
     job: Job,
+    mut watch: Watch,
     policy: &MediaPolicy,
     gate: &Arc<Gate>,
     budget: &Arc<Budget>,
@@ -137,7 +142,7 @@ pub(super) fn decode(
     let started = std::thread::Builder::new()
         .name("decode".into())
         .spawn(move || {
-            let result = job.run(&limits, &stop).map(|medium| {
+            let result = job.run(&limits, &stop, &mut watch).map(|medium| {
                 room.shrink(medium.bytes());
                 Loaded::new(medium, room)
             });
@@ -226,7 +231,12 @@ impl Job {
         }
     }
 
-    fn run(&self, limits: &MediaLimits, cancel: &AtomicBool) -> Result<Medium, MediaError> {
+    fn run(
+        &self,
+        limits: &MediaLimits,
+        cancel: &AtomicBool,
+        watch: &mut Watch,
+    ) -> Result<Medium, MediaError> {
         match (&self.content, self.kind) {
             (Content::File(blob), MediaKind::Image) => {
                 let bytes = std::fs::read(blob.path()).map_err(|_| self.lost())?;
@@ -235,7 +245,8 @@ impl Job {
             }
             (Content::File(blob), MediaKind::Video) => {
                 let path = blob.path();
-                let video = decode_video_part(path, self.sampling, self.part, limits, Some(cancel));
+                let (sampling, part) = (self.sampling, self.part);
+                let video = decode_video_watched(path, sampling, part, limits, Some(cancel), watch);
                 let mut video = video.map_err(|cause| self.plain(&cause))?;
                 let file = path.display().to_string();
                 for note in &mut video.notes {

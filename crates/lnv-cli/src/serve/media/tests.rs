@@ -321,22 +321,22 @@ fn decoded_media_share_one_budget_of_bytes() {
     let id = store.add(&testdata("media/h264.mp4")).unwrap();
     let clip = store.fetch(&video(id.as_str())).unwrap();
     assert_eq!(clip.bytes, 0);
-    let loaded = store.decode(&clip).unwrap();
+    let loaded = store.decode(&clip, Box::new(|_| ())).unwrap();
     assert_eq!(store.stats().decode_bytes, FRAME * 4);
-    let again = store.decode(&clip).unwrap();
+    let again = store.decode(&clip, Box::new(|_| ())).unwrap();
     assert_eq!(store.stats().decode_bytes, FRAME * 8);
     drop((loaded, again));
     assert_eq!(store.stats().decode_bytes, 0);
     // Nothing is decoded, nor taken from the cache, while others hold all.
     let all = store.memory.take(1 << 20, Instant::now()).unwrap();
-    let error = store.decode(&clip).err().unwrap();
+    let error = store.decode(&clip, Box::new(|_| ())).err().unwrap();
     assert_eq!(error.kind, MediaErrorKind::Busy);
     let other = store.fetch(&image(id.as_str())).unwrap();
     assert!(!other.equals(&clip));
-    let error = store.decode(&other).err().unwrap();
+    let error = store.decode(&other, Box::new(|_| ())).err().unwrap();
     assert_eq!(error.kind, MediaErrorKind::Busy);
     drop(all);
-    assert!(store.decode(&clip).is_ok());
+    assert!(store.decode(&clip, Box::new(|_| ())).is_ok());
     // A picture that the budget has no room for is beyond the limit.
     let large = ::image::RgbImage::new(300, 300);
     let mut bytes = std::io::Cursor::new(Vec::new());

@@ -7,6 +7,7 @@
 //!
 //! It refuses at the start what it cannot do (an address in use, an empty key), before the model is loaded.
 
+mod begin;
 mod body;
 mod chat;
 mod content;

@@ -8,33 +8,24 @@ use std::time::Instant;
 
 use axum::body::Body;
 use axum::extract::{Extension, State};
-use axum::http::{HeaderMap, Request};
+use axum::http::Request;
 use axum::response::{IntoResponse, Response};
-use llava_next_video::engine::{Constraints, Event, FinishReason, Generation};
+use llava_next_video::engine::{Event, FinishReason, Generation};
 use llava_next_video::processor::conversation::Conversation;
 use serde_json::{Value, json};
 
-use super::body;
+use super::begin::{Begun, begin};
 use super::content::{self, Named};
 use super::error::{ApiError, ApiResult};
 use super::events;
-use super::fields::{self, Fields};
-use super::job::{Asked, Job, Place, Update, aside, pictures, prepare};
-use super::json_schema::SchemaError;
+use super::fields::Fields;
+use super::job::{Asked, Job, Update, prepare};
 use super::log::RequestLog;
 use super::logprobs::{self, Teller};
-use super::request::{ResponseFormat, Wanted};
+use super::request::Wanted;
 use super::state::{Peer, Server};
 use super::within;
 use crate::stream::AnswerText;
-
-/// A request that was read.
-struct Parsed {
-    conversation: Conversation,
-    media: Vec<Named>,
-    wanted: Wanted,
-    user: Option<String>,
-}
 
 /// Answers a chat.
 pub async fn complete(
@@ -56,36 +47,25 @@ async fn answer(
     request: Request<Body>,
     deadline: tokio::time::Instant,
 ) -> ApiResult<Response> {
-    let headers = request.headers().clone();
-    let held = body::read(server, request, server.settings.max_body).await?;
-    let bytes = held.bytes;
-    let own = Arc::clone(server);
-    let parsed = aside(move || parse(&own, &bytes)).await??;
-    let place = Arc::new(Place::take(server)?);
-    let constraints = constraints(server, &parsed.wanted).await?;
-    let pictures = pictures(server, parsed.media).await?;
-    // Data URIs have been decoded by now.
-    drop(held.room);
+    let begun = begin(server, log, peer, request, parse).await?;
+    let Begun {
+        wanted, pictures, ..
+    } = begun;
     let media_s = pictures.seconds;
-    {
-        let mut entry = log.entry();
-        entry.media_s = media_s;
-        entry.pictures = pictures.count();
-    }
-    let prepared = prepare(server, parsed.conversation, pictures).await?;
+    let prepared = prepare(server, begun.said, pictures).await?;
     let asked = Asked {
-        options: parsed.wanted.options.clone(),
-        constraints,
-        client: client(server, peer, &headers, parsed.user.as_deref()),
-        progress: parsed.wanted.stream && parsed.wanted.progress,
+        options: wanted.options.clone(),
+        constraints: begun.constraints,
+        client: begun.client,
+        progress: wanted.stream && wanted.progress,
     };
-    let job = Job::start(server, prepared, place, asked).await?;
+    let job = Job::start(server, prepared, begun.place, asked).await?;
     let answer = Answer {
         server: Arc::clone(server),
         log: log.clone(),
         id: server.ids.next("chatcmpl-"),
         created: now(),
-        wanted: parsed.wanted,
+        wanted,
         media_s,
         submitted: Instant::now(),
         job,
@@ -97,75 +77,8 @@ async fn answer(
     Ok(axum_json(&answer.whole().await?))
 }
 
-fn parse(server: &Server, bytes: &[u8]) -> ApiResult<Parsed> {
-    let value = fields::parse(bytes)?;
-    let body = Fields::new(&value, "")?;
-    server.check_name(body.text("model")?)?;
-    let wanted = Wanted::read(&body, &server.settings.answers)?;
-    let user = body.text("user")?.map(str::to_owned);
-    let (conversation, media) = content::messages(&body, &server.settings.media)?;
-    Ok(Parsed {
-        conversation,
-        media,
-        wanted,
-        user,
-    })
-}
-
-/// What keeps the answer in form, where a form is asked for.
-pub async fn constraints(
-    server: &Arc<Server>,
-    wanted: &Wanted,
-) -> ApiResult<Option<Arc<dyn Constraints>>> {
-    if wanted.format == ResponseFormat::Text {
-        return Ok(None);
-    }
-    let (own, format) = (Arc::clone(server), wanted.format.clone());
-    let compiled = aside(move || {
-        match (&own.grammars, &format) {
-        (None, _) => Err(SchemaError::Invalid(
-            "this model's tokenizer cannot be followed, so its answers cannot be held to JSON: leave \
-             response_format out"
-                .into(),
-        )),
-        (Some(grammars), ResponseFormat::JsonSchema { schema, strict }) => {
-            grammars.schema(schema, *strict)
-        }
-        (Some(grammars), _) => grammars.object(),
-    }
-    });
-    match compiled.await? {
-        Ok(constraints) => Ok(Some(constraints)),
-        Err(SchemaError::Busy) => Err(ApiError::busy(SchemaError::Busy.to_string())),
-        Err(SchemaError::Invalid(message)) => {
-            let param = match wanted.format {
-                ResponseFormat::JsonSchema { .. } => "response_format.json_schema.schema",
-                _ => "response_format",
-            };
-            Err(ApiError::invalid(param, message))
-        }
-    }
-}
-
-/// Whose question it is, for taking turns: an address, as a proxy tells it where one is trusted; where keys
-/// keep strangers out, the user it names. Whoever could choose it freely would have as many turns as names.
-pub fn client(server: &Server, peer: Option<Peer>, headers: &HeaderMap, user: Option<&str>) -> u64 {
-    let settings = &server.settings;
-    let user = user.filter(|_| settings.api_key.is_some());
-    let forwarded = match settings.trust_proxy {
-        true => forwarded(headers),
-        false => None,
-    };
-    use std::hash::{DefaultHasher, Hash, Hasher};
-    let mut hasher = DefaultHasher::new();
-    (peer.map(|peer| peer.0), user, forwarded).hash(&mut hasher);
-    hasher.finish()
-}
-
-/// The address that the proxy itself has seen: the last one. Those before are the client's words.
-fn forwarded(headers: &HeaderMap) -> Option<&str> {
-    let last = headers.get_all("x-forwarded-for").iter().next_back()?;
-    last.to_str().ok()?.rsplit(',').next().map(str::trim)
+fn parse(server: &Server, body: &Fields, _: &mut Wanted) -> ApiResult<(Conversation, Vec<Named>)> {
+    content::messages(body, &server.settings.media)
 }
 
 /// Seconds since 1970.
@@ -322,21 +235,4 @@ pub fn timings(generation: &Generation, media_s: f64) -> Value {
         "decode_s": t.decode_s,
         "decode_steps": t.decode_steps,
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use axum::http::HeaderValue;
-
-    #[test]
-    fn of_forwarded_addresses_the_proxys_own_counts() {
-        let mut headers = HeaderMap::new();
-        assert_eq!(forwarded(&headers), None);
-        let lines = ["1.1.1.1", "2.2.2.2, 203.0.113.9"];
-        for line in lines {
-            headers.append("x-forwarded-for", HeaderValue::from_static(line));
-        }
-        assert_eq!(forwarded(&headers), Some("203.0.113.9"));
-    }
 }

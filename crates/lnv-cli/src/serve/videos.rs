@@ -13,16 +13,16 @@ use axum::extract::{Extension, State};
 use axum::http::Request;
 use axum::response::Response;
 use futures_util::stream::{StreamExt, TryStreamExt, iter};
-use llava_next_video::engine::{Constraints, Generation};
+use llava_next_video::engine::Generation;
 use llava_next_video::processor::conversation::{Conversation, Message, Role};
 use serde_json::{Value, json};
 
-use super::body;
-use super::chat::{axum_json, client, constraints, now, reason, text, usage, wait};
+use super::begin::{Begun, begin};
+use super::chat::{axum_json, now, reason, text, usage, wait};
 use super::content::{self, Named};
 use super::error::{ApiError, ApiResult};
-use super::fields::{self, Fields};
-use super::job::{Asked, Job, Pictures, Place, aside, pictures, prepare, question};
+use super::fields::Fields;
+use super::job::{Asked, Job, prepare, question};
 use super::log::RequestLog;
 use super::request::Wanted;
 use super::state::{Peer, Server};
@@ -34,13 +34,10 @@ pub const MAX_QUESTIONS: usize = 256;
 /// Questions of one request that the engine has at once.
 pub const AT_ONCE: usize = 8;
 
-/// A request that was read.
-struct Parsed {
-    video: Option<Named>,
+/// What is asked.
+struct Questions {
     questions: Vec<String>,
     system: Option<String>,
-    user: Option<String>,
-    wanted: Wanted,
 }
 
 /// Answers the questions.
@@ -62,31 +59,15 @@ async fn answer(
     peer: Option<Peer>,
     request: Request<Body>,
 ) -> ApiResult<Response> {
-    let headers = request.headers().clone();
-    let held = body::read(server, request, server.settings.max_body).await?;
-    let bytes = held.bytes;
-    let own = Arc::clone(server);
-    let mut parsed = aside(move || parse(&own, &bytes)).await??;
-    let place = Arc::new(Place::take(server)?);
-    let constraints = constraints(server, &parsed.wanted).await?;
-    let pictures = pictures(server, parsed.video.take().into_iter().collect()).await?;
-    drop(held.room);
-    {
-        let mut entry = log.entry();
-        entry.media_s = pictures.seconds;
-        entry.pictures = pictures.count();
-    }
+    let begun = begin(server, log, peer, request, parse).await?;
+    let (questions, stop) = (&begun.said.questions, &begun.wanted.options.stop);
     let asker = Asker {
-        client: client(server, peer, &headers, parsed.user.as_deref()),
         server,
         log,
-        parsed: &parsed,
-        pictures,
-        place,
-        constraints,
+        begun: &begun,
     };
     let first = asker.ask(0).await?;
-    let rest = iter(1..parsed.questions.len())
+    let rest = iter(1..questions.len())
         .map(|index| asker.ask(index))
         .buffered(AT_ONCE)
         .try_collect::<Vec<_>>()
@@ -103,8 +84,8 @@ async fn answer(
         total[2] += generation.cached_tokens as u64;
         data.push(json!({
             "index": index,
-            "question": parsed.questions[index],
-            "answer": text(server, &completion.ids, &parsed.wanted.options.stop),
+            "question": questions[index],
+            "answer": text(server, &completion.ids, stop),
             "finish_reason": reason(completion.finish_reason)?,
             "usage": usage,
         }));
@@ -124,11 +105,11 @@ async fn answer(
     })))
 }
 
-fn parse(server: &Server, bytes: &[u8]) -> ApiResult<Parsed> {
-    let value = fields::parse(bytes)?;
-    let body = Fields::new(&value, "")?;
-    server.check_name(body.text("model")?)?;
-    let mut wanted = Wanted::read(&body, &server.settings.answers)?;
+fn parse(
+    server: &Server,
+    body: &Fields,
+    wanted: &mut Wanted,
+) -> ApiResult<(Questions, Vec<Named>)> {
     for (key, given) in [
         ("stream", wanted.stream),
         ("n", wanted.n > 1),
@@ -140,13 +121,12 @@ fn parse(server: &Server, bytes: &[u8]) -> ApiResult<Parsed> {
         }
     }
     wanted.options.num_return_sequences = 1;
-    Ok(Parsed {
-        video: Some(content::video(&body, &server.settings.media)?),
+    let video = content::video(body, &server.settings.media)?;
+    let said = Questions {
         questions: questions(body.list("questions")?)?,
         system: body.text("system")?.map(str::to_owned),
-        user: body.text("user")?.map(str::to_owned),
-        wanted,
-    })
+    };
+    Ok((said, vec![video]))
 }
 
 fn questions(list: Option<&Vec<Value>>) -> ApiResult<Vec<String>> {
@@ -172,32 +152,29 @@ fn questions(list: Option<&Vec<Value>>) -> ApiResult<Vec<String>> {
 struct Asker<'a> {
     server: &'a Arc<Server>,
     log: &'a RequestLog,
-    parsed: &'a Parsed,
-    pictures: Pictures,
-    place: Arc<Place>,
-    constraints: Option<Arc<dyn Constraints>>,
-    client: u64,
+    begun: &'a Begun<Questions>,
 }
 
 impl Asker<'_> {
     async fn ask(&self, index: usize) -> ApiResult<Generation> {
+        let Begun { said, wanted, .. } = self.begun;
         let mut conversation = Conversation::default();
-        if let Some(system) = &self.parsed.system {
+        if let Some(system) = &said.system {
             let message = Message::text(Role::System, system.clone());
             conversation.messages.push(message);
         }
-        let content = question(&self.parsed.questions[index]);
+        let content = question(&said.questions[index]);
         conversation
             .messages
             .push(Message::new(Role::User, content));
-        let prepared = prepare(self.server, conversation, self.pictures.clone()).await?;
+        let prepared = prepare(self.server, conversation, self.begun.pictures.clone()).await?;
         let asked = Asked {
-            options: self.parsed.wanted.options.clone(),
-            constraints: self.constraints.clone(),
-            client: self.client,
+            options: wanted.options.clone(),
+            constraints: self.begun.constraints.clone(),
+            client: self.begun.client,
             progress: false,
         };
-        let place = Arc::clone(&self.place);
+        let place = Arc::clone(&self.begun.place);
         let mut job = Job::start(self.server, prepared, place, asked).await?;
         wait(&mut job, self.log, Instant::now()).await
     }

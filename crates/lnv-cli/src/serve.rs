@@ -11,6 +11,7 @@ mod begin;
 mod body;
 mod chat;
 mod content;
+mod course;
 mod error;
 mod events;
 mod fields;

@@ -37,7 +37,7 @@ impl Engine {
     pub(super) fn admit(&mut self, sink: Sink<'_>) {
         'again: loop {
             for i in self.order() {
-                match self.try_admit(i) {
+                match self.try_admit(i, sink) {
                     Outcome::In => continue 'again,
                     Outcome::Held => {}
                     Outcome::NoRoom if self.running.is_empty() => {
@@ -63,7 +63,7 @@ impl Engine {
         order
     }
 
-    fn try_admit(&mut self, i: usize) -> Outcome {
+    fn try_admit(&mut self, i: usize, sink: Sink<'_>) -> Outcome {
         let width: usize = self.running.iter().map(Job::width).sum();
         let job = &self.waiting[i];
         if width > 0 && width + job.width() > self.limits().batch {
@@ -113,7 +113,7 @@ impl Engine {
         for (sequence, found) in job.sequences.iter_mut().zip(found) {
             self.take(sequence, found);
         }
-        self.begin(&mut job);
+        self.begin(&mut job, sink);
         self.running.push(job);
         Outcome::In
     }
@@ -163,7 +163,7 @@ impl Engine {
     }
 
     /// A request begins to run.
-    fn begin(&mut self, job: &mut Job) {
+    fn begin(&mut self, job: &mut Job, sink: Sink<'_>) {
         let first = job.admitted == 0;
         self.admitted += 1;
         job.admitted = self.admitted;
@@ -177,6 +177,7 @@ impl Engine {
             job.cached_tokens = job.sequences.iter().map(|s| s.cached).sum();
             self.stats.cached_tokens += job.cached_tokens;
             self.stats.prompt_tokens += job.prompt_tokens.iter().sum::<usize>();
+            job.cancelled |= sink(job.id, RequestEvent::Started).is_break();
         }
     }
 

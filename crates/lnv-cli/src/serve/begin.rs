@@ -65,14 +65,9 @@ pub async fn begin<T: Send + 'static>(
     let (said, media, wanted, user) = aside(read).await??;
     let place = Arc::new(Place::take(server)?);
     let constraints = constraints(server, &wanted).await?;
-    let pictures = pictures(server, media).await?;
+    let pictures = pictures(server, log, media).await?;
     // Data URIs have been decoded by now.
     drop(held.room);
-    {
-        let mut entry = log.entry();
-        entry.media_s = pictures.seconds;
-        entry.pictures = pictures.count();
-    }
     Ok(Begun {
         said,
         constraints,

@@ -4,13 +4,12 @@
 //! status and not only a broken stream: body, fields, media, the length of the prompt.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use axum::body::Body;
 use axum::extract::{Extension, State};
 use axum::http::Request;
 use axum::response::{IntoResponse, Response};
-use llava_next_video::engine::{Event, FinishReason, Generation};
+use llava_next_video::engine::{FinishReason, Generation};
 use llava_next_video::processor::conversation::Conversation;
 use serde_json::{Value, json};
 
@@ -51,7 +50,6 @@ async fn answer(
     let Begun {
         wanted, pictures, ..
     } = begun;
-    let media_s = pictures.seconds;
     let prepared = prepare(server, begun.said, pictures).await?;
     let asked = Asked {
         options: wanted.options.clone(),
@@ -59,15 +57,14 @@ async fn answer(
         client: begun.client,
         progress: wanted.stream && wanted.progress,
     };
-    let job = Job::start(server, prepared, begun.place, asked).await?;
+    let job = Job::start(server, log, prepared, begun.place, asked).await?;
     let answer = Answer {
         server: Arc::clone(server),
         log: log.clone(),
         id: server.ids.next("chatcmpl-"),
         created: now(),
         wanted,
-        media_s,
-        submitted: Instant::now(),
+        media_s: log.entry().media_s(),
         job,
     };
     if answer.wanted.stream {
@@ -107,8 +104,6 @@ pub struct Answer {
     pub wanted: Wanted,
     /// Seconds for media.
     pub media_s: f64,
-    /// When the engine got it.
-    pub submitted: Instant,
     /// The engine's side.
     pub job: Job,
 }
@@ -116,7 +111,7 @@ pub struct Answer {
 impl Answer {
     /// Waits for the whole answer.
     async fn whole(mut self) -> ApiResult<Value> {
-        let generation = wait(&mut self.job, &self.log, self.submitted).await?;
+        let generation = wait(&mut self.job).await?;
         let mut choices = Vec::new();
         for index in 0..self.wanted.n {
             let Choice {
@@ -170,23 +165,12 @@ struct Choice {
     logprobs: Option<Vec<Value>>,
 }
 
-/// Waits for an answer and notes how it came.
-pub async fn wait(job: &mut Job, log: &RequestLog, submitted: Instant) -> ApiResult<Generation> {
-    let mut started = false;
+/// Waits for an answer.
+pub async fn wait(job: &mut Job) -> ApiResult<Generation> {
     loop {
-        let update = job.next().await;
-        if !started {
-            log.entry().queue_s = submitted.elapsed().as_secs_f64();
-            started = true;
-        }
-        match update {
-            Some(Update::Progress(Event::Token { .. })) => log.token(),
+        match job.next().await {
             Some(Update::Progress(_)) => {}
-            Some(Update::Done(result)) => {
-                let generation = (*result)?;
-                log.generation(&generation);
-                return Ok(generation);
-            }
+            Some(Update::Done(result)) => return Ok((*result)?),
             None => return Err(ApiError::internal("the engine gave no answer")),
         }
     }

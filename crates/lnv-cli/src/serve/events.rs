@@ -57,7 +57,6 @@ struct Events {
     texts: Vec<AnswerText>,
     deadline: Instant,
     queue: VecDeque<Bytes>,
-    started: bool,
     over: bool,
 }
 
@@ -72,7 +71,6 @@ impl Events {
             texts,
             deadline,
             queue: VecDeque::new(),
-            started: false,
             over: false,
             answer,
         };
@@ -118,11 +116,6 @@ impl Events {
 
     /// Makes events of an update and of those that came meanwhile.
     fn take(&mut self, first: Update) -> ApiResult<()> {
-        if !self.started {
-            self.started = true;
-            let waited = self.answer.submitted.elapsed();
-            self.answer.log.entry().queue_s = waited.as_secs_f64();
-        }
         let mut deltas = vec![Delta::default(); self.texts.len()];
         let mut next = Some(first);
         for _ in 0..MERGED {
@@ -133,7 +126,6 @@ impl Events {
                     id,
                     logprob,
                 })) => {
-                    self.answer.log.token();
                     let eos = self.answer.server.settings.eos.contains(&id);
                     if let (Some(text), false) = (self.texts.get_mut(sequence), eos) {
                         deltas[sequence].text += &text.push(id);
@@ -157,7 +149,6 @@ impl Events {
     }
 
     fn finish(&mut self, generation: &Generation) -> ApiResult<()> {
-        self.answer.log.generation(generation);
         let rest = self.texts.iter_mut().map(|text| Delta {
             text: text.finish(),
             tokens: Vec::new(),

@@ -285,12 +285,13 @@ impl Metrics {
         self.durations
             .get_or_create(&outcome)
             .observe(entry.start.elapsed().as_secs_f64());
-        if let (Some(first), Some(last)) = (entry.first_token, entry.last_token) {
+        if let (Some(first), Some(last)) = (entry.first_token(), entry.last_token()) {
             self.first_token
                 .observe((first - entry.start).as_secs_f64());
-            self.queue.observe(entry.queue_s);
-            if entry.new_tokens > 1 {
-                let gaps = (entry.new_tokens - 1) as f64;
+            self.queue.observe(entry.queue_s());
+            let new_tokens: usize = entry.sum(|question| question.new_tokens);
+            if new_tokens > 1 {
+                let gaps = (new_tokens - 1) as f64;
                 self.per_token.observe((last - first).as_secs_f64() / gaps);
             }
         }

@@ -6,7 +6,6 @@
 //! others out of the line. The request has one place in the line, from its beginning to its end: it is taken as a whole or not at all, and its questions wait for each other, not against each other.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use axum::body::Body;
 use axum::extract::{Extension, State};
@@ -175,7 +174,7 @@ impl Asker<'_> {
             progress: false,
         };
         let place = Arc::clone(&self.begun.place);
-        let mut job = Job::start(self.server, prepared, place, asked).await?;
-        wait(&mut job, self.log, Instant::now()).await
+        let mut job = Job::start(self.server, self.log, prepared, place, asked).await?;
+        wait(&mut job).await
     }
 }

@@ -26,6 +26,7 @@ mod page;
 mod request;
 mod routes;
 mod state;
+mod trace;
 mod uploads;
 mod videos;
 
@@ -113,6 +114,7 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         let reason = io_reason(&cause);
         anyhow::anyhow!("cannot listen on {address} ({reason}): give another --port or --host")
     })?;
+    let traces = trace::wanted(args.otlp_endpoint.as_deref())?;
     let mut settings = settings(args);
     let media = MediaStore::new(policy(args))?;
     let pipeline = Pipeline::open(args.model.model.as_deref(), true)?;
@@ -150,6 +152,7 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         grammars,
         settings,
         metrics: Metrics::new(),
+        traces: traces.clone(),
         gates: gates(args),
         draining: AtomicBool::new(false),
         ids: Ids::new(),
@@ -166,6 +169,9 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     runtime.shutdown_timeout(Duration::from_millis(100));
     if let Some(features) = features {
         features.flush(FLUSH_TIMEOUT);
+    }
+    if let Some(traces) = traces {
+        traces.end();
     }
     result
 }

@@ -2,7 +2,7 @@
 //!
 //! Decision: it is noted on the engine's thread as things happen, not where a client reads them. So a slow reader does
 //! not make an answer look slow, and a question that is given up has its figures as far as it came. The line in the
-//! log and the metrics both tell it from here.
+//! log, the metrics and the spans of a trace all tell it from here.
 
 use std::time::Instant;
 
@@ -16,6 +16,8 @@ pub type Stretch = (Instant, Instant);
 pub struct Course {
     submitted: Instant,
     started: Option<Instant>,
+    vision: Option<Stretch>,
+    prefill: Option<Stretch>,
     tokens: Option<Stretch>,
     /// What the engine has spent on it; known at its end.
     pub timings: Timings,
@@ -29,12 +31,17 @@ pub struct Course {
     pub finish_reasons: Vec<&'static str>,
 }
 
+/// A stage, when it ran, and the seconds that the engine has spent on it, where it says so.
+pub type Stage = (&'static str, Stretch, Option<f64>);
+
 impl Course {
     /// A question that is handed over now.
     pub fn new(prompt_tokens: usize) -> Self {
         Self {
             submitted: Instant::now(),
             started: None,
+            vision: None,
+            prefill: None,
             tokens: None,
             timings: Timings::default(),
             prompt_tokens,
@@ -53,7 +60,10 @@ impl Course {
                 widen(&mut self.tokens, now);
                 self.new_tokens += 1;
             }
-            RequestEvent::Progress(_) => {}
+            // One that was put back for want of memory reads its prompt again in the middle of its answer.
+            RequestEvent::Progress(_) if self.tokens.is_some() => {}
+            RequestEvent::Progress(Event::Vision { .. }) => widen(&mut self.vision, now),
+            RequestEvent::Progress(Event::Prefill { .. }) => widen(&mut self.prefill, now),
             RequestEvent::Done(Ok(generation)) => {
                 self.timings = generation.timings;
                 self.cached_tokens = generation.cached_tokens;
@@ -64,6 +74,22 @@ impl Course {
             }
             RequestEvent::Done(Err(_)) => {}
         }
+    }
+
+    /// Its stages so far, each that it came to.
+    pub fn stages(&self) -> impl Iterator<Item = Stage> {
+        let queue = (self.submitted, self.started.unwrap_or_else(Instant::now));
+        let first = self.first_token();
+        let prefill = self.prefill.map(|(from, to)| (from, first.unwrap_or(to)));
+        let spent = &self.timings;
+        [
+            ("queue", Some(queue), None),
+            ("vision", self.vision, Some(spent.vision_s)),
+            ("prefill", prefill, Some(spent.prefill_s)),
+            ("decode", self.tokens, Some(spent.decode_s)),
+        ]
+        .into_iter()
+        .filter_map(|(name, stretch, spent)| Some((name, stretch?, spent.filter(|s| *s > 0.0))))
     }
 
     /// Seconds that it waited for the engine.
@@ -92,5 +118,37 @@ fn word(reason: FinishReason) -> &'static str {
         FinishReason::Stop => "stop",
         FinishReason::Length => "length",
         FinishReason::Cancelled => "cancelled",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stages_follow_each_other_and_a_second_reading_is_no_stage() {
+        let mut course = Course::new(7);
+        let names = |course: &Course| course.stages().map(|stage| stage.0).collect::<Vec<_>>();
+        assert_eq!(names(&course), ["queue"]);
+        course.hear(&RequestEvent::Started);
+        let prefill = || RequestEvent::Progress(Event::Prefill { done: 0, total: 1 });
+        let token = || {
+            RequestEvent::Progress(Event::Token {
+                sequence: 0,
+                id: 1,
+                logprob: None,
+            })
+        };
+        for event in [prefill(), token(), prefill(), token()] {
+            course.hear(&event);
+        }
+        assert_eq!(names(&course), ["queue", "prefill", "decode"]);
+        let stretches: Vec<Stretch> = course.stages().map(|stage| stage.1).collect();
+        for pair in stretches.windows(2) {
+            assert!(pair[0].1 <= pair[1].0 && pair[1].0 <= pair[1].1, "{pair:?}");
+        }
+        assert_eq!(stretches[1].1, stretches[2].0);
+        assert_eq!((course.prompt_tokens, course.new_tokens), (7, 2));
+        assert!(course.finish_reasons.is_empty());
     }
 }

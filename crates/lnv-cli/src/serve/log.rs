@@ -45,6 +45,8 @@ pub struct Entry {
     pub questions: Vec<Course>,
     /// Why it was not answered.
     pub error: Option<String>,
+    /// The trace that it belongs to, where traces are made.
+    pub caller: Option<opentelemetry::Context>,
 }
 
 impl Entry {
@@ -103,6 +105,7 @@ impl RequestLog {
             media: None,
             questions: Vec::new(),
             error: None,
+            caller: None,
         })))
     }
 
@@ -139,12 +142,15 @@ impl Drop for LogGuard {
         let entry = self.log.entry();
         let status = entry.status.unwrap_or(GONE);
         self.server.metrics.request(&entry, status);
+        let traces = self.server.traces.as_ref();
+        let trace_id = traces.and_then(|traces| traces.request(&entry, self.server.name()));
         let seconds = |s: f64| (s > 0.0).then(|| (s * 1e4).round() / 1e4);
         let some = |n: usize| (n > 0).then_some(n);
         let first = entry.first_token().map(|t| (t - entry.start).as_secs_f64());
         tracing::info!(
             target: "lnv::request",
             id = entry.id,
+            trace_id = trace_id.map(tracing::field::display),
             client = entry.client.map(tracing::field::display),
             method = entry.method,
             route = entry.route,

@@ -12,4 +12,5 @@ mod quantize;
 mod refusals;
 mod serve;
 mod support;
+mod traces;
 mod urls;

@@ -12,23 +12,23 @@ use serde_json::{Value, json};
 use crate::support::{golden, lnv, run};
 
 /// A server that ends with the test.
-struct Served {
+pub struct Served {
     child: Child,
-    url: String,
+    pub url: String,
     /// What it said on stderr, in the end.
     err: Option<std::thread::JoinHandle<String>>,
 }
 
 /// An answer: status, headers that matter, body.
-struct Answered {
-    status: u16,
+pub struct Answered {
+    pub status: u16,
     retry_after: Option<String>,
     id: Option<String>,
-    text: String,
+    pub text: String,
 }
 
 impl Answered {
-    fn json(&self) -> Value {
+    pub fn json(&self) -> Value {
         serde_json::from_str(&self.text).unwrap_or_else(|_| panic!("{}", self.text))
     }
 
@@ -45,9 +45,15 @@ impl Answered {
 
 impl Served {
     fn start(words: &[&str]) -> Self {
+        Self::start_with(words, &[])
+    }
+
+    /// The same with more in its environment.
+    pub fn start_with(words: &[&str], environment: &[(&str, &str)]) -> Self {
         let mut child = lnv()
             .args(["serve", "--port", "0"])
             .args(words)
+            .envs(environment.iter().copied())
             .env_remove("LNV_API_KEY")
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -72,7 +78,7 @@ impl Served {
         }
     }
 
-    fn agent() -> ureq::Agent {
+    pub fn agent() -> ureq::Agent {
         ureq::Agent::config_builder()
             .http_status_as_error(false)
             .timeout_global(Some(Duration::from_secs(120)))
@@ -80,7 +86,7 @@ impl Served {
             .into()
     }
 
-    fn answered(response: Result<ureq::http::Response<ureq::Body>, ureq::Error>) -> Answered {
+    pub fn answered(response: Result<ureq::http::Response<ureq::Body>, ureq::Error>) -> Answered {
         let mut response = response.unwrap();
         let header = |name: &str| {
             let value = response.headers().get(name)?;
@@ -94,11 +100,11 @@ impl Served {
         }
     }
 
-    fn get(&self, path: &str) -> Answered {
+    pub fn get(&self, path: &str) -> Answered {
         Self::answered(Self::agent().get(format!("{}{path}", self.url)).call())
     }
 
-    fn post(&self, path: &str, body: &Value) -> Answered {
+    pub fn post(&self, path: &str, body: &Value) -> Answered {
         self.send(path, "application/json", body.to_string().as_bytes())
     }
 
@@ -107,12 +113,12 @@ impl Served {
         Self::answered(request.content_type(kind).send(body))
     }
 
-    fn chat(&self, body: &Value) -> Answered {
+    pub fn chat(&self, body: &Value) -> Answered {
         self.post("/v1/chat/completions", body)
     }
 
     /// A request written by hand, on a connection of its own.
-    fn connect(&self) -> TcpStream {
+    pub fn connect(&self) -> TcpStream {
         TcpStream::connect(self.url.trim_start_matches("http://")).unwrap()
     }
 
@@ -123,7 +129,7 @@ impl Served {
         line.rsplit(' ').next().unwrap().parse().unwrap()
     }
 
-    fn signal(&self, name: &str) {
+    pub fn signal(&self, name: &str) {
         let pid = self.child.id().to_string();
         let killed = std::process::Command::new("kill")
             .args([&format!("-{name}"), &pid])
@@ -132,7 +138,7 @@ impl Served {
     }
 
     /// Waits for its end; gives its status and what it said.
-    fn end(mut self) -> (Option<i32>, String) {
+    pub fn end(mut self) -> (Option<i32>, String) {
         let status = self.child.wait().unwrap().code();
         (status, self.err.take().unwrap().join().unwrap())
     }
@@ -149,7 +155,7 @@ fn demo(file: &str) -> Vec<u8> {
     std::fs::read(golden().join("../demo").join(file)).unwrap()
 }
 
-fn data_uri(file: &str) -> String {
+pub fn data_uri(file: &str) -> String {
     let kind = match file.ends_with(".mp4") {
         true => "video/mp4",
         false => "image/png",
@@ -157,7 +163,7 @@ fn data_uri(file: &str) -> String {
     format!("data:{kind};base64,{}", BASE64_STANDARD.encode(demo(file)))
 }
 
-fn about(file: &str, question: &str) -> Value {
+pub fn about(file: &str, question: &str) -> Value {
     let part = match file.ends_with(".mp4") {
         true => json!({"type": "video_url", "video_url": {"url": data_uri(file)}}),
         false => json!({"type": "image_url", "image_url": {"url": data_uri(file)}}),
@@ -167,7 +173,7 @@ fn about(file: &str, question: &str) -> Value {
     ]}]})
 }
 
-fn content(answer: &Answered, index: usize) -> String {
+pub fn content(answer: &Answered, index: usize) -> String {
     assert_eq!(answer.status, 200, "{}", answer.text);
     let message = &answer.json()["choices"][index]["message"];
     assert_eq!(message["role"], "assistant");

@@ -51,6 +51,7 @@ async fn answer(
         wanted, pictures, ..
     } = begun;
     let prepared = prepare(server, begun.said, pictures).await?;
+    let prompt_tokens = prepared.prompt_tokens;
     let asked = Asked {
         options: wanted.options.clone(),
         constraints: begun.constraints,
@@ -65,6 +66,7 @@ async fn answer(
         created: now(),
         wanted,
         media_s: log.entry().media_s(),
+        prompt_tokens,
         job,
     };
     if answer.wanted.stream {
@@ -104,6 +106,8 @@ pub struct Answer {
     pub wanted: Wanted,
     /// Seconds for media.
     pub media_s: f64,
+    /// Of the prompt.
+    pub prompt_tokens: usize,
     /// The engine's side.
     pub job: Job,
 }
@@ -201,12 +205,14 @@ pub fn usage(generation: &Generation, n: usize) -> Value {
     let made = generation.completions.len().max(1);
     let new = lengths.sum::<usize>() * (n / made).max(1);
     let prompt: usize = generation.prompt_tokens.iter().sum();
-    json!({
-        "prompt_tokens": prompt,
-        "completion_tokens": new,
-        "total_tokens": prompt + new,
-        "prompt_tokens_details": {"cached_tokens": generation.cached_tokens},
-    })
+    let mut usage = tokens(prompt, new);
+    usage["prompt_tokens_details"] = json!({"cached_tokens": generation.cached_tokens});
+    usage
+}
+
+/// Tokens of a prompt and of what was said to it so far.
+pub fn tokens(prompt: usize, new: usize) -> Value {
+    json!({"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new})
 }
 
 /// Seconds by stage.

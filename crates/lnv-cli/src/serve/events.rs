@@ -16,7 +16,7 @@ use llava_next_video::engine::{Event, Generation, TokenLogprob};
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
-use super::chat::{Answer, reason, timings, usage};
+use super::chat::{Answer, reason, timings, tokens, usage};
 use super::error::{ApiError, ApiResult};
 use super::job::Update;
 use super::logprobs::{self, Teller};
@@ -55,6 +55,8 @@ struct Events {
     answer: Answer,
     /// Of each sequence of the engine.
     texts: Vec<AnswerText>,
+    /// Tokens so far, of all sequences.
+    tokens: usize,
     deadline: Instant,
     queue: VecDeque<Bytes>,
     over: bool,
@@ -69,6 +71,7 @@ impl Events {
         let texts = (0..sequences).map(text).collect();
         let mut events = Self {
             texts,
+            tokens: 0,
             deadline,
             queue: VecDeque::new(),
             over: false,
@@ -126,6 +129,7 @@ impl Events {
                     id,
                     logprob,
                 })) => {
+                    self.tokens += 1;
                     let eos = self.answer.server.settings.eos.contains(&id);
                     if let (Some(text), false) = (self.texts.get_mut(sequence), eos) {
                         deltas[sequence].text += &text.push(id);
@@ -220,7 +224,10 @@ impl Events {
             "model": self.answer.server.name(),
             "choices": choices,
         });
-        if self.answer.wanted.include_usage {
+        if self.answer.wanted.usage_so_far {
+            let new = self.tokens * (self.answer.wanted.n / self.texts.len().max(1)).max(1);
+            chunk["usage"] = tokens(self.answer.prompt_tokens, new);
+        } else if self.answer.wanted.include_usage {
             chunk["usage"] = Value::Null;
         }
         chunk

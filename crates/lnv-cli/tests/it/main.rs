@@ -8,6 +8,7 @@ mod chat;
 mod contract;
 mod demo;
 mod hub;
+mod links;
 mod quantize;
 mod refusals;
 mod serve;

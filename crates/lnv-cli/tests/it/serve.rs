@@ -33,7 +33,7 @@ impl Answered {
     }
 
     /// A refusal in OpenAI's form.
-    fn refuses(&self, status: u16, param: Option<&str>) -> String {
+    pub fn refuses(&self, status: u16, param: Option<&str>) -> String {
         assert_eq!(self.status, status, "{}", self.text);
         let error = &self.json()["error"];
         assert_eq!(error["param"].as_str(), param, "{}", self.text);
@@ -44,7 +44,7 @@ impl Answered {
 }
 
 impl Served {
-    fn start(words: &[&str]) -> Self {
+    pub fn start(words: &[&str]) -> Self {
         Self::start_with(words, &[])
     }
 
@@ -108,7 +108,7 @@ impl Served {
         self.send(path, "application/json", body.to_string().as_bytes())
     }
 
-    fn send(&self, path: &str, kind: &str, body: &[u8]) -> Answered {
+    pub fn send(&self, path: &str, kind: &str, body: &[u8]) -> Answered {
         let request = Self::agent().post(format!("{}{path}", self.url));
         Self::answered(request.content_type(kind).send(body))
     }
@@ -122,7 +122,7 @@ impl Served {
         TcpStream::connect(self.url.trim_start_matches("http://")).unwrap()
     }
 
-    fn metric(&self, name: &str) -> f64 {
+    pub fn metric(&self, name: &str) -> f64 {
         let text = self.get("/metrics").text;
         let line = text.lines().find(|line| line.starts_with(name));
         let line = line.unwrap_or_else(|| panic!("no {name} in {text}"));
@@ -151,7 +151,7 @@ impl Drop for Served {
     }
 }
 
-fn demo(file: &str) -> Vec<u8> {
+pub fn demo(file: &str) -> Vec<u8> {
     std::fs::read(golden().join("../demo").join(file)).unwrap()
 }
 
@@ -412,6 +412,23 @@ fn progress_and_timings_are_told_where_asked_for() {
     }
     let last = streamed.last().unwrap();
     assert!(last["lnv"]["timings"]["prefill_s"].as_f64().unwrap() > 0.0);
+    body["stream_options"] = json!({"include_usage": true, "continuous_usage_stats": true});
+    let streamed = events(&server.chat(&body).text);
+    let tokens = |event: &Value| event["usage"]["completion_tokens"].as_u64();
+    let so_far: Vec<u64> = streamed.iter().filter_map(tokens).collect();
+    assert_eq!(so_far.len(), streamed.len(), "each chunk tells it");
+    assert!(so_far[0] == 0 && so_far.is_sorted(), "{so_far:?}");
+    let usage = streamed.iter().map(|event| &event["usage"]);
+    let whole = usage
+        .clone()
+        .find(|usage| usage.get("prompt_tokens_details").is_some());
+    let whole = whole.unwrap();
+    assert_eq!(so_far.last().copied(), whole["completion_tokens"].as_u64());
+    assert!(
+        usage
+            .into_iter()
+            .all(|usage| usage["prompt_tokens"] == whole["prompt_tokens"])
+    );
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::serve::{Served, content, demo};
+use crate::served::{Served, content, demo};
 use crate::support::{Server, respond};
 
 /// A server on loopback with a clip, a page and nothing else.

@@ -12,6 +12,7 @@ mod links;
 mod quantize;
 mod refusals;
 mod serve;
+mod served;
 mod support;
 mod traces;
 mod urls;

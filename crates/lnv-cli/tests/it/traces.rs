@@ -11,7 +11,7 @@ use opentelemetry_proto::tonic::trace::v1::{Span, span::SpanKind, status::Status
 use prost::Message;
 use serde_json::{Value, json};
 
-use crate::serve::{Answered, Served, about, content, data_uri};
+use crate::served::{Answered, Served, about, content, data_uri};
 use crate::support::{lnv, run};
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";

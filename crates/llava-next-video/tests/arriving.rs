@@ -161,7 +161,7 @@ impl Asked {
                 RequestEvent::Progress(Event::Token { .. }) | RequestEvent::Done(_) => {
                     panic!("over before picture {wanted} was seen")
                 }
-                RequestEvent::Progress(_) => {}
+                RequestEvent::Started | RequestEvent::Progress(_) => {}
             }
         }
     }

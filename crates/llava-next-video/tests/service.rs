@@ -121,7 +121,7 @@ fn ask(
                 false => ControlFlow::Continue(()),
             }
         }
-        RequestEvent::Progress(_) => ControlFlow::Continue(()),
+        RequestEvent::Started | RequestEvent::Progress(_) => ControlFlow::Continue(()),
         RequestEvent::Done(result) => {
             sender.send(result).unwrap();
             ControlFlow::Continue(())
@@ -387,6 +387,50 @@ fn wrong_requests_are_told_and_full_queues_refuse() {
         service.submit(request(options(1), sender)).unwrap_err(),
         Refused::Closing
     );
+}
+
+#[test]
+fn a_request_hears_when_it_runs_and_when_each_stage_begins() {
+    let fixture = Fixture::new();
+    let inputs = fixture.inputs();
+    let seen = inputs
+        .iter()
+        .find(|inputs| !inputs.videos.is_empty())
+        .unwrap();
+    let service = fixture.service(EngineLimits::default());
+    let (sender, receiver) = mpsc::channel();
+    let request = Request {
+        inputs: seen.clone(),
+        options: options(2),
+        constraints: None,
+        client: 0,
+        on_event: Box::new(move |event| {
+            let _ = sender.send(event);
+            ControlFlow::Continue(())
+        }),
+    };
+    service.submit(request).unwrap();
+    let events: Vec<RequestEvent> = receiver.iter().collect();
+    let is_start = |event: &RequestEvent| matches!(event, RequestEvent::Started);
+    assert!(is_start(&events[0]), "{events:?}");
+    assert_eq!(events.iter().filter(|event| is_start(event)).count(), 1);
+    let mut stages = Vec::new();
+    for event in &events[1..] {
+        let (stage, done) = match event {
+            RequestEvent::Progress(Event::Vision { done, .. }) => ("vision", *done),
+            RequestEvent::Progress(Event::Prefill { done, .. }) => ("prefill", *done),
+            RequestEvent::Progress(Event::Token { .. }) => ("token", 0),
+            RequestEvent::Started | RequestEvent::Done(_) => ("done", 0),
+        };
+        if stages.last() != Some(&stage) {
+            assert_eq!(
+                done, 0,
+                "{stage} is not told from its beginning: {events:?}"
+            );
+            stages.push(stage);
+        }
+    }
+    assert_eq!(stages, ["vision", "prefill", "token", "done"]);
 }
 
 #[test]

@@ -321,6 +321,10 @@ pub struct ServeArgs {
     #[arg(long, value_enum, default_value_t = LogFormat::Text, hide_possible_values = true,
           value_name = "text|json", hide_default_value = true)]
     pub log_format: LogFormat,
+    /// Send a trace of each request to the OpenTelemetry collector at this address, such as
+    /// `http://localhost:4318` [default: none].
+    #[arg(long, value_name = "URL", env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
+    pub otlp_endpoint: Option<String>,
     #[command(flatten)]
     pub media: ServeMediaArgs,
     #[command(flatten)]

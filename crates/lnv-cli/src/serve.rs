@@ -8,9 +8,11 @@
 //! It refuses at the start what it cannot do (an address in use, an empty key), before the model is loaded.
 
 mod arriving;
+mod begin;
 mod body;
 mod chat;
 mod content;
+mod course;
 mod error;
 mod events;
 mod fields;
@@ -25,6 +27,7 @@ mod page;
 mod request;
 mod routes;
 mod state;
+mod trace;
 mod uploads;
 mod videos;
 
@@ -112,6 +115,7 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         let reason = io_reason(&cause);
         anyhow::anyhow!("cannot listen on {address} ({reason}): give another --port or --host")
     })?;
+    let traces = trace::wanted(args.otlp_endpoint.as_deref())?;
     let mut settings = settings(args);
     let media = MediaStore::new(policy(args))?;
     let pipeline = Pipeline::open(args.model.model.as_deref(), true)?;
@@ -149,6 +153,7 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         grammars,
         settings,
         metrics: Metrics::new(),
+        traces: traces.clone(),
         gates: gates(args),
         draining: AtomicBool::new(false),
         ids: Ids::new(),
@@ -165,6 +170,9 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     runtime.shutdown_timeout(Duration::from_millis(100));
     if let Some(features) = features {
         features.flush(FLUSH_TIMEOUT);
+    }
+    if let Some(traces) = traces {
+        traces.end();
     }
     result
 }

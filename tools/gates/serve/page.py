@@ -9,7 +9,9 @@ expects.
 import os
 import re
 import sys
+import threading
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,6 +22,35 @@ from server import DEMO, Checks, Server
 
 KEY = "sesame"
 LONG = "Write a very long story about a village by the sea."
+
+
+class Web:
+    """A server of others: hands out the demo's files as long as it is `open`."""
+
+    def __enter__(self):
+        self.open = True
+        web = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                file = DEMO / self.path.lstrip("/")
+                found = web.open and file.is_file()
+                body = file.read_bytes() if found else b""
+                self.send_response(200 if found else 404)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
 
 
 class Visit:
@@ -74,6 +105,13 @@ class Visit:
         chooser.value.set_files([DEMO / name for name in names])
         for card in self.page.locator("#tray .card").all():
             expect(card.locator(".strip img").first).to_be_visible()
+
+    def link(self, url):
+        """A link, as a person types it."""
+        self.page.click("#link")
+        expect(self.page.locator("#linker")).to_be_visible()
+        self.page.keyboard.type(url)
+        self.page.keyboard.press("Enter")
 
     def type(self, question):
         self.page.locator("#question").fill(question)
@@ -211,6 +249,79 @@ def mistakes_are_told_and_nothing_is_lost(browser, server):
         return why
 
 
+def links_are_fetched_by_the_server(browser, _):
+    with Web() as web, Server("--allow-private-addresses") as server, Visit(browser, server) as visit:
+        page = visit.page
+        visit.link("left.mp4")
+        # It is no address, and the browser says so.
+        expect(page.locator("#linker")).to_be_visible()
+        page.locator("#linker input").fill(f"{web.url}/left.mp4")
+        visit.shot("link")
+        page.keyboard.press("Enter")
+        expect(page.locator("#linker")).not_to_be_visible()
+        expect(page.locator("#tray .strip button")).to_have_count(8)
+        assert page.locator("#tray .card b").inner_text() == "left.mp4"
+        assert visit.ask("Which way does it move?") == "left"
+        visit.shot("linked")
+        # Known by its address, it is still there after the page was loaded again, and fetched again if need be.
+        page.reload()
+        page.get_by_role("button", name="Ask about left.mp4 again, with other frames").click()
+        page.get_by_role("button", name="Fewer frames").click()
+        expect(page.locator("#tray .strip button")).to_have_count(7)
+        page.get_by_role("button", name="Remove left.mp4").click()
+
+        web.open = False
+        with visit.expecting("status of 400"):
+            visit.link(f"{web.url}/circle.png")
+            expect(page.locator("#tray .wrong")).to_contain_text("404")
+        visit.shot("link-refused")
+        why = page.locator("#tray .wrong").inner_text()
+        web.open = True
+        page.get_by_role("button", name="Try again").click()
+        expect(page.locator("#tray .strip img")).to_have_count(1)
+        assert visit.ask("What shape is it?") == "circle"
+        return why
+
+
+def links_inside_are_refused(browser, server):
+    with Visit(browser, server) as visit:
+        with visit.expecting("status of 400"):
+            visit.link("http://127.0.0.1:8000/clip.mp4")
+            expect(visit.page.locator("#tray .wrong")).to_contain_text("may not be fetched from")
+        expect(visit.page.get_by_role("button", name="Try again")).not_to_be_visible()
+        return visit.page.locator("#tray .wrong").inner_text()
+
+
+def what_the_server_forgot_is_sent_again(browser, _):
+    """Starts the server anew, at the same address, in the middle of a chat."""
+    with Web() as web, Server("--allow-private-addresses") as server, Visit(browser, server) as visit:
+        visit.choose("left.mp4")
+        visit.link(f"{web.url}/circle.png")
+        expect(visit.page.locator("#tray .strip img")).to_have_count(9)
+        assert visit.ask("Which way does it move?")
+
+        def anew(last):
+            assert last.terminate() == 0
+            last.terminate = lambda: 0
+            other = Server(*last.arguments)
+            other.port, other.url = last.port, last.url
+            return other
+
+        with anew(server) as second:
+            with visit.expecting("status of 400"):
+                assert visit.ask("What colour is it?")
+            # Both were sent again: the file from the browser, the picture from its link.
+            assert second.metrics()["lnv_upload_bytes"] > 0
+            visit.page.click("#new-chat")
+            visit.choose("left.mp4")
+            with anew(second):
+                with visit.expecting("status of 404"):
+                    visit.page.get_by_role("button", name="Fewer frames").click()
+                    expect(visit.page.locator("#tray .strip button")).to_have_count(7)
+                assert visit.ask("Which way does it move?") == "left"
+                visit.shot("sent-again")
+
+
 def a_key_is_asked_for(browser, server):
     with Visit(browser, server) as visit:
         expect(visit.page.locator("#key-asker")).to_be_visible()
@@ -341,6 +452,11 @@ def an_answer_is_stopped(browser, server):
             kept = text.inner_text()
             visit.server.quiet(within_s=5)
             assert text.inner_text() == kept and len(kept) > 80
+            # What there was of it is told.
+            figures = visit.page.locator(".turn").last.locator("details").inner_text()
+            tokens = int(re.search(r"Answer tokens\s+([\d,]+)", figures)[1].replace(",", ""))
+            assert 10 < tokens < len(kept), figures
+            assert re.search(r"\d\s(ms|s)\b", figures) and "tokens/s" in figures, figures
         visit.shot("stopped")
         # Stopped before a word was there: the question is back in its box.
         visit.type(LONG)
@@ -385,12 +501,15 @@ def main():
                 the_examples_are_answered,
                 files_are_dropped_and_pasted,
                 mistakes_are_told_and_nothing_is_lost,
+                links_inside_are_refused,
                 a_keyboard_is_enough,
                 phones_have_room_for_it,
                 nothing_hinders_people,
             ):
                 checks.run(check, browser, server)
             server.quiet()
+        checks.run(links_are_fetched_by_the_server, browser, None)
+        checks.run(what_the_server_forgot_is_sent_again, browser, None)
         with Server("--api-key", KEY) as server:
             checks.run(a_key_is_asked_for, browser, server)
         with Server("--model", sys.argv[1]) as server:

@@ -39,7 +39,7 @@ impl Engine {
     pub(super) fn admit(&mut self, sink: Sink<'_>) {
         'again: loop {
             for i in self.order() {
-                match self.try_admit(i) {
+                match self.try_admit(i, sink) {
                     Outcome::In => continue 'again,
                     Outcome::Held => {}
                     Outcome::NoRoom if self.running.is_empty() => {
@@ -80,7 +80,7 @@ impl Engine {
         }
     }
 
-    fn try_admit(&mut self, i: usize) -> Outcome {
+    fn try_admit(&mut self, i: usize, sink: Sink<'_>) -> Outcome {
         let width: usize = self.running.iter().map(Job::width).sum();
         let job = &self.waiting[i];
         if job.is_arriving() && job.admitted > 0 {
@@ -138,7 +138,7 @@ impl Engine {
         for (sequence, found) in job.sequences.iter_mut().zip(found) {
             self.take(sequence, found);
         }
-        self.begin(&mut job);
+        self.begin(&mut job, sink);
         self.running.push(job);
         Outcome::In
     }
@@ -193,7 +193,7 @@ impl Engine {
     }
 
     /// A request begins to run.
-    fn begin(&mut self, job: &mut Job) {
+    fn begin(&mut self, job: &mut Job, sink: Sink<'_>) {
         let first = job.admitted == 0;
         self.admitted += 1;
         job.admitted = self.admitted;
@@ -206,6 +206,7 @@ impl Engine {
             job.cached_tokens = job.sequences.iter().map(|s| s.cached).sum();
             self.stats.cached_tokens += job.cached_tokens;
             self.stats.prompt_tokens += job.prompt_tokens.iter().sum::<usize>();
+            job.cancelled |= sink(job.id, RequestEvent::Started).is_break();
         }
     }
 

@@ -205,9 +205,9 @@ impl Engine {
             spans: spans.collect(),
         };
         let read = (Keep::Last(1), Taps::default());
-        let out = self
-            .model
-            .decode(x, &batch, &mut self.cache, read, &mut on_layer);
+        // Told at its beginning too, when nothing is through yet.
+        let (model, cache) = (&self.model, &mut self.cache);
+        let out = on_layer(0).and_then(|()| model.decode(x, &batch, cache, read, &mut on_layer));
         drop(batch);
         for job in &mut self.running {
             job.cancelled |= broken.contains(&job.id);

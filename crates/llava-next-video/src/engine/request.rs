@@ -350,14 +350,14 @@ pub struct Generation {
 /// What happens while a call runs; returning `Break` stops it and keeps what is there.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// Pictures through the vision tower.
+    /// Pictures through the vision tower; told when one begins and when one is known.
     Vision {
         /// So far.
         done: usize,
         /// In all.
         total: usize,
     },
-    /// Prompt tokens times layers through the decoder.
+    /// Prompt tokens times layers through the decoder; told when some begin and after each layer.
     Prefill {
         /// So far.
         done: usize,

@@ -293,9 +293,15 @@ impl Engine {
                 break;
             }
             if self.sight.is_none() {
-                let prefills = |job: &&Job| job.stage == Stage::Prefill;
-                self.sight = (self.running.iter().filter(prefills))
-                    .find_map(|job| Sight::begin(&self.model, job, decodes));
+                let mut prefills = (self.running.iter_mut()).filter(|j| j.stage == Stage::Prefill);
+                let begun =
+                    prefills.find_map(|job| Some((Sight::begin(&self.model, job, decodes)?, job)));
+                if let Some((sight, job)) = begun {
+                    let (done, total) = job.seen;
+                    let event = RequestEvent::Progress(Event::Vision { done, total });
+                    job.cancelled |= sink(job.id, event).is_break();
+                    self.sight = Some(sight);
+                }
             }
             let Some(sight) = &mut self.sight else { break };
             looked = true;

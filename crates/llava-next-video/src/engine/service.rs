@@ -41,6 +41,8 @@ pub struct Request {
 /// What happens to a request.
 #[derive(Debug)]
 pub enum RequestEvent {
+    /// It waits no longer; told once, and not where it is over before.
+    Started,
     /// It goes on.
     Progress(Event),
     /// It is over, with an answer or not.
@@ -337,7 +339,7 @@ impl Worker {
                     None => ControlFlow::Continue(()),
                 }
             }
-            RequestEvent::Progress(_) => match callbacks.get_mut(&id) {
+            RequestEvent::Started | RequestEvent::Progress(_) => match callbacks.get_mut(&id) {
                 Some(on_event) => on_event(event),
                 None => ControlFlow::Break(()),
             },

@@ -20,6 +20,7 @@ use tokio::task::JoinHandle;
 
 use super::error::{ApiError, ApiResult};
 use super::job::{Asked, Job, Pictures, Place, Scaled, Unread, prepare, scale};
+use super::log::RequestLog;
 use super::media::Fetched;
 use super::state::Server;
 
@@ -40,10 +41,10 @@ pub struct Rest {
 
 impl Rest {
     /// Waits for the end. The video read whole where the frames that came do not count.
-    async fn end(self, seconds: &mut f64) -> ApiResult<Option<VideoInput>> {
+    async fn end(self, log: &RequestLog) -> ApiResult<Option<VideoInput>> {
         let whole = joined(self.reader.await)?;
+        log.entry().media = Some((self.start, Some(Instant::now())));
         let whole = whole.map_err(|error| error.answer(&self.param))?;
-        *seconds = self.start.elapsed().as_secs_f64();
         Ok(match whole {
             Some(Scaled::Video(video)) => Some(video),
             Some(Scaled::Image(_)) | None => None,
@@ -139,25 +140,25 @@ impl Watcher {
     }
 }
 
-/// Hands a question to the engine and waits until all of its media have been read.
+/// Hands a question to the engine and waits until all of its media have been read; also how long its prompt is.
 pub async fn begin(
     server: &Arc<Server>,
+    log: &RequestLog,
     read: &mut Read,
-    conversation: Conversation,
-    place: Arc<Place>,
-    asked: Asked,
-) -> ApiResult<Job> {
-    let Some(rest) = read.rest.take() else {
-        let prepared = prepare(server, conversation, read.pictures.clone()).await?;
-        return Job::start(server, prepared, place, asked).await;
-    };
-    let prepared = prepare(server, conversation.clone(), read.pictures.clone()).await?;
-    let job = Job::start(server, prepared, Arc::clone(&place), asked.clone()).await?;
-    let Some(whole) = rest.end(&mut read.pictures.seconds).await? else {
-        return Ok(job);
-    };
-    drop(job);
-    read.pictures.has_arrived(&whole);
+    (conversation, place, asked): (Conversation, Arc<Place>, Asked),
+) -> ApiResult<(Job, usize)> {
+    if let Some(rest) = read.rest.take() {
+        let prepared = prepare(server, conversation.clone(), read.pictures.clone()).await?;
+        let tokens = prepared.prompt_tokens;
+        let job = Job::start(server, log, prepared, Arc::clone(&place), asked.clone()).await?;
+        let Some(whole) = rest.end(log).await? else {
+            return Ok((job, tokens));
+        };
+        drop(job);
+        read.pictures.has_arrived(&whole);
+    }
     let prepared = prepare(server, conversation, read.pictures.clone()).await?;
-    Job::start(server, prepared, place, asked).await
+    let tokens = prepared.prompt_tokens;
+    let job = Job::start(server, log, prepared, place, asked).await?;
+    Ok((job, tokens))
 }

@@ -4,38 +4,28 @@
 //! status and not only a broken stream: body, fields, media, the length of the prompt.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use axum::body::Body;
 use axum::extract::{Extension, State};
-use axum::http::{HeaderMap, Request};
+use axum::http::Request;
 use axum::response::{IntoResponse, Response};
-use llava_next_video::engine::{Constraints, Event, FinishReason, Generation};
+use llava_next_video::engine::{FinishReason, Generation};
 use llava_next_video::processor::conversation::Conversation;
 use serde_json::{Value, json};
 
-use super::arriving::begin;
-use super::body;
+use super::arriving;
+use super::begin::{Begun, begin};
 use super::content::{self, Named};
 use super::error::{ApiError, ApiResult};
 use super::events;
-use super::fields::{self, Fields};
-use super::job::{Asked, Job, Place, Update, aside, pictures};
-use super::json_schema::SchemaError;
+use super::fields::Fields;
+use super::job::{Asked, Job, Update};
 use super::log::RequestLog;
 use super::logprobs::{self, Teller};
-use super::request::{ResponseFormat, Wanted};
+use super::request::Wanted;
 use super::state::{Peer, Server};
 use super::within;
 use crate::stream::AnswerText;
-
-/// A request that was read.
-struct Parsed {
-    conversation: Conversation,
-    media: Vec<Named>,
-    wanted: Wanted,
-    user: Option<String>,
-}
 
 /// Answers a chat.
 pub async fn complete(
@@ -57,37 +47,27 @@ async fn answer(
     request: Request<Body>,
     deadline: tokio::time::Instant,
 ) -> ApiResult<Response> {
-    let headers = request.headers().clone();
-    let held = body::read(server, request, server.settings.max_body).await?;
-    let bytes = held.bytes;
-    let own = Arc::clone(server);
-    let parsed = aside(move || parse(&own, &bytes)).await??;
-    let place = Arc::new(Place::take(server)?);
-    let constraints = constraints(server, &parsed.wanted).await?;
-    let mut read = pictures(server, parsed.media).await?;
+    let begun = begin(server, log, peer, request, parse).await?;
+    let Begun {
+        wanted, mut read, ..
+    } = begun;
     let asked = Asked {
-        options: parsed.wanted.options.clone(),
-        constraints,
-        client: client(server, peer, &headers, parsed.user.as_deref()),
-        progress: parsed.wanted.stream && parsed.wanted.progress,
+        options: wanted.options.clone(),
+        constraints: begun.constraints,
+        client: begun.client,
+        progress: wanted.stream && wanted.progress,
     };
-    let job = begin(server, &mut read, parsed.conversation, place, asked).await?;
-    // Data URIs have been decoded by now.
-    drop(held.room);
-    let media_s = read.pictures.seconds;
-    {
-        let mut entry = log.entry();
-        entry.media_s = media_s;
-        entry.pictures = read.pictures.count();
-    }
+    let question = (begun.said, begun.place, asked);
+    let (job, prompt_tokens) = arriving::begin(server, log, &mut read, question).await?;
+    drop(begun.room);
     let answer = Answer {
         server: Arc::clone(server),
         log: log.clone(),
         id: server.ids.next("chatcmpl-"),
         created: now(),
-        wanted: parsed.wanted,
-        media_s,
-        submitted: Instant::now(),
+        wanted,
+        media_s: log.entry().media_s(),
+        prompt_tokens,
         job,
     };
     if answer.wanted.stream {
@@ -97,75 +77,8 @@ async fn answer(
     Ok(axum_json(&answer.whole().await?))
 }
 
-fn parse(server: &Server, bytes: &[u8]) -> ApiResult<Parsed> {
-    let value = fields::parse(bytes)?;
-    let body = Fields::new(&value, "")?;
-    server.check_name(body.text("model")?)?;
-    let wanted = Wanted::read(&body, &server.settings.answers)?;
-    let user = body.text("user")?.map(str::to_owned);
-    let (conversation, media) = content::messages(&body, &server.settings.media)?;
-    Ok(Parsed {
-        conversation,
-        media,
-        wanted,
-        user,
-    })
-}
-
-/// What keeps the answer in form, where a form is asked for.
-pub async fn constraints(
-    server: &Arc<Server>,
-    wanted: &Wanted,
-) -> ApiResult<Option<Arc<dyn Constraints>>> {
-    if wanted.format == ResponseFormat::Text {
-        return Ok(None);
-    }
-    let (own, format) = (Arc::clone(server), wanted.format.clone());
-    let compiled = aside(move || {
-        match (&own.grammars, &format) {
-        (None, _) => Err(SchemaError::Invalid(
-            "this model's tokenizer cannot be followed, so its answers cannot be held to JSON: leave \
-             response_format out"
-                .into(),
-        )),
-        (Some(grammars), ResponseFormat::JsonSchema { schema, strict }) => {
-            grammars.schema(schema, *strict)
-        }
-        (Some(grammars), _) => grammars.object(),
-    }
-    });
-    match compiled.await? {
-        Ok(constraints) => Ok(Some(constraints)),
-        Err(SchemaError::Busy) => Err(ApiError::busy(SchemaError::Busy.to_string())),
-        Err(SchemaError::Invalid(message)) => {
-            let param = match wanted.format {
-                ResponseFormat::JsonSchema { .. } => "response_format.json_schema.schema",
-                _ => "response_format",
-            };
-            Err(ApiError::invalid(param, message))
-        }
-    }
-}
-
-/// Whose question it is, for taking turns: an address, as a proxy tells it where one is trusted; where keys
-/// keep strangers out, the user it names. Whoever could choose it freely would have as many turns as names.
-pub fn client(server: &Server, peer: Option<Peer>, headers: &HeaderMap, user: Option<&str>) -> u64 {
-    let settings = &server.settings;
-    let user = user.filter(|_| settings.api_key.is_some());
-    let forwarded = match settings.trust_proxy {
-        true => forwarded(headers),
-        false => None,
-    };
-    use std::hash::{DefaultHasher, Hash, Hasher};
-    let mut hasher = DefaultHasher::new();
-    (peer.map(|peer| peer.0), user, forwarded).hash(&mut hasher);
-    hasher.finish()
-}
-
-/// The address that the proxy itself has seen: the last one. Those before are the client's words.
-fn forwarded(headers: &HeaderMap) -> Option<&str> {
-    let last = headers.get_all("x-forwarded-for").iter().next_back()?;
-    last.to_str().ok()?.rsplit(',').next().map(str::trim)
+fn parse(server: &Server, body: &Fields, _: &mut Wanted) -> ApiResult<(Conversation, Vec<Named>)> {
+    content::messages(body, &server.settings.media)
 }
 
 /// Seconds since 1970.
@@ -194,8 +107,8 @@ pub struct Answer {
     pub wanted: Wanted,
     /// Seconds for media.
     pub media_s: f64,
-    /// When the engine got it.
-    pub submitted: Instant,
+    /// Of the prompt.
+    pub prompt_tokens: usize,
     /// The engine's side.
     pub job: Job,
 }
@@ -203,7 +116,7 @@ pub struct Answer {
 impl Answer {
     /// Waits for the whole answer.
     async fn whole(mut self) -> ApiResult<Value> {
-        let generation = wait(&mut self.job, &self.log, self.submitted).await?;
+        let generation = wait(&mut self.job).await?;
         let mut choices = Vec::new();
         for index in 0..self.wanted.n {
             let Choice {
@@ -257,23 +170,12 @@ struct Choice {
     logprobs: Option<Vec<Value>>,
 }
 
-/// Waits for an answer and notes how it came.
-pub async fn wait(job: &mut Job, log: &RequestLog, submitted: Instant) -> ApiResult<Generation> {
-    let mut started = false;
+/// Waits for an answer.
+pub async fn wait(job: &mut Job) -> ApiResult<Generation> {
     loop {
-        let update = job.next().await;
-        if !started {
-            log.entry().queue_s = submitted.elapsed().as_secs_f64();
-            started = true;
-        }
-        match update {
-            Some(Update::Progress(Event::Token { .. })) => log.token(),
+        match job.next().await {
             Some(Update::Progress(_)) => {}
-            Some(Update::Done(result)) => {
-                let generation = (*result)?;
-                log.generation(&generation);
-                return Ok(generation);
-            }
+            Some(Update::Done(result)) => return Ok((*result)?),
             None => return Err(ApiError::internal("the engine gave no answer")),
         }
     }
@@ -304,12 +206,14 @@ pub fn usage(generation: &Generation, n: usize) -> Value {
     let made = generation.completions.len().max(1);
     let new = lengths.sum::<usize>() * (n / made).max(1);
     let prompt: usize = generation.prompt_tokens.iter().sum();
-    json!({
-        "prompt_tokens": prompt,
-        "completion_tokens": new,
-        "total_tokens": prompt + new,
-        "prompt_tokens_details": {"cached_tokens": generation.cached_tokens},
-    })
+    let mut usage = tokens(prompt, new);
+    usage["prompt_tokens_details"] = json!({"cached_tokens": generation.cached_tokens});
+    usage
+}
+
+/// Tokens of a prompt and of what was said to it so far.
+pub fn tokens(prompt: usize, new: usize) -> Value {
+    json!({"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new})
 }
 
 /// Seconds by stage.
@@ -322,21 +226,4 @@ pub fn timings(generation: &Generation, media_s: f64) -> Value {
         "decode_s": t.decode_s,
         "decode_steps": t.decode_steps,
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use axum::http::HeaderValue;
-
-    #[test]
-    fn of_forwarded_addresses_the_proxys_own_counts() {
-        let mut headers = HeaderMap::new();
-        assert_eq!(forwarded(&headers), None);
-        let lines = ["1.1.1.1", "2.2.2.2, 203.0.113.9"];
-        for line in lines {
-            headers.append("x-forwarded-for", HeaderValue::from_static(line));
-        }
-        assert_eq!(forwarded(&headers), Some("203.0.113.9"));
-    }
 }

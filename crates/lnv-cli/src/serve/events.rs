@@ -16,7 +16,7 @@ use llava_next_video::engine::{Event, Generation, TokenLogprob};
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
-use super::chat::{Answer, reason, timings, usage};
+use super::chat::{Answer, reason, timings, tokens, usage};
 use super::error::{ApiError, ApiResult};
 use super::job::Update;
 use super::logprobs::{self, Teller};
@@ -55,9 +55,10 @@ struct Events {
     answer: Answer,
     /// Of each sequence of the engine.
     texts: Vec<AnswerText>,
+    /// Tokens so far, of all sequences.
+    tokens: usize,
     deadline: Instant,
     queue: VecDeque<Bytes>,
-    started: bool,
     over: bool,
 }
 
@@ -70,9 +71,9 @@ impl Events {
         let texts = (0..sequences).map(text).collect();
         let mut events = Self {
             texts,
+            tokens: 0,
             deadline,
             queue: VecDeque::new(),
-            started: false,
             over: false,
             answer,
         };
@@ -118,11 +119,6 @@ impl Events {
 
     /// Makes events of an update and of those that came meanwhile.
     fn take(&mut self, first: Update) -> ApiResult<()> {
-        if !self.started {
-            self.started = true;
-            let waited = self.answer.submitted.elapsed();
-            self.answer.log.entry().queue_s = waited.as_secs_f64();
-        }
         let mut deltas = vec![Delta::default(); self.texts.len()];
         let mut next = Some(first);
         for _ in 0..MERGED {
@@ -133,7 +129,7 @@ impl Events {
                     id,
                     logprob,
                 })) => {
-                    self.answer.log.token();
+                    self.tokens += 1;
                     let eos = self.answer.server.settings.eos.contains(&id);
                     if let (Some(text), false) = (self.texts.get_mut(sequence), eos) {
                         deltas[sequence].text += &text.push(id);
@@ -157,7 +153,6 @@ impl Events {
     }
 
     fn finish(&mut self, generation: &Generation) -> ApiResult<()> {
-        self.answer.log.generation(generation);
         let rest = self.texts.iter_mut().map(|text| Delta {
             text: text.finish(),
             tokens: Vec::new(),
@@ -229,7 +224,10 @@ impl Events {
             "model": self.answer.server.name(),
             "choices": choices,
         });
-        if self.answer.wanted.include_usage {
+        if self.answer.wanted.usage_so_far {
+            let new = self.tokens * (self.answer.wanted.n / self.texts.len().max(1)).max(1);
+            chunk["usage"] = tokens(self.answer.prompt_tokens, new);
+        } else if self.answer.wanted.include_usage {
             chunk["usage"] = Value::Null;
         }
         chunk

@@ -20,6 +20,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use super::arriving::{self, Read};
 use super::content::Named;
 use super::error::{ApiError, ApiResult};
+use super::log::RequestLog;
 use super::media::{Fetched, MediaError, MediaErrorKind, MediaKind, Medium, Watch};
 use super::state::Server;
 
@@ -59,14 +60,12 @@ impl Place {
 pub struct Pictures {
     images: Vec<ImageInput>,
     videos: Vec<VideoInput>,
-    /// Seconds to read and scale them.
-    pub seconds: f64,
     room: Option<Arc<OwnedSemaphorePermit>>,
 }
 
 impl Pictures {
     /// Pictures and frames.
-    pub fn count(&self) -> usize {
+    fn count(&self) -> usize {
         self.images.len() + self.frames()
     }
 
@@ -95,7 +94,11 @@ pub struct Prepared {
 /// Files lie on disk until there is room for what the model gets of all of them; then one after another is decoded,
 /// scaled and dropped, so that a request holds one decoded medium at a time, and waits for memory only while it holds
 /// none. What is named twice is read once. The last may be a video that goes on being read.
-pub async fn pictures(server: &Arc<Server>, named: Vec<Named>) -> ApiResult<Read> {
+pub async fn pictures(
+    server: &Arc<Server>,
+    log: &RequestLog,
+    named: Vec<Named>,
+) -> ApiResult<Read> {
     if named.is_empty() {
         let pictures = Pictures::default();
         return Ok(Read {
@@ -104,6 +107,16 @@ pub async fn pictures(server: &Arc<Server>, named: Vec<Named>) -> ApiResult<Read
         });
     }
     let start = Instant::now();
+    log.entry().media = Some((start, None));
+    let read = read_all(server, named, start).await;
+    let goes_on = read.as_ref().is_ok_and(|read| read.rest.is_some());
+    let mut entry = log.entry();
+    entry.media = Some((start, (!goes_on).then(Instant::now)));
+    entry.pictures = read.as_ref().map_or(0, |read| read.pictures.count());
+    read
+}
+
+async fn read_all(server: &Arc<Server>, named: Vec<Named>, start: Instant) -> ApiResult<Read> {
     // Reading takes memory and processors, so few requests do it at once; those that fetch have a line of
     // their own, since another's server may be slow.
     let fetched = named.iter().any(|named| is_fetched(&named.source.url));
@@ -160,7 +173,6 @@ pub async fn pictures(server: &Arc<Server>, named: Vec<Named>) -> ApiResult<Read
     let spare = taken.saturating_sub(kib(used).max(1));
     drop(room.split(spare));
     pictures.room = Some(Arc::new(room));
-    pictures.seconds = start.elapsed().as_secs_f64();
     Ok(Read { pictures, rest })
 }
 
@@ -372,9 +384,10 @@ pub struct Job {
 }
 
 impl Job {
-    /// Hands a question to the engine.
+    /// Hands a question to the engine; the log hears of it.
     pub async fn start(
         server: &Arc<Server>,
+        log: &RequestLog,
         prepared: Prepared,
         place: Arc<Place>,
         asked: Asked,
@@ -392,30 +405,26 @@ impl Job {
         let dropped = Arc::clone(&gone);
         let room = prepared.room;
         let mut place = Some(place);
+        let mut note = log.question(prepared.prompt_tokens);
         let on_event = move |event: RequestEvent| {
-            // The first event says that it runs; later ones are told where somebody wants to know.
-            let first = place.take().is_some();
-            let token = |event: &RequestEvent| {
-                let RequestEvent::Progress(event) = event else {
-                    return true;
-                };
-                matches!(event, Event::Token { .. })
-            };
-            if !(first || progress || token(&event)) {
-                return match dropped.load(Ordering::Relaxed) {
-                    true => ControlFlow::Break(()),
-                    false => ControlFlow::Continue(()),
-                };
-            }
-            let update = match event {
-                RequestEvent::Progress(event) => Update::Progress(event),
-                RequestEvent::Done(result) => Update::Done(Box::new(result)),
-            };
+            note(&event);
+            // It runs, or is over: another may wait.
+            drop(place.take());
             // The room is given back with this closure.
             let _held = &room;
-            match sender.send(update) {
-                Ok(()) if !dropped.load(Ordering::Relaxed) => ControlFlow::Continue(()),
-                _ => ControlFlow::Break(()),
+            let update = match event {
+                RequestEvent::Started => None,
+                RequestEvent::Progress(event @ Event::Token { .. }) => {
+                    Some(Update::Progress(event))
+                }
+                // Stages are told where somebody wants to know.
+                RequestEvent::Progress(event) => progress.then_some(Update::Progress(event)),
+                RequestEvent::Done(result) => Some(Update::Done(Box::new(result))),
+            };
+            let gone = update.is_some_and(|update| sender.send(update).is_err());
+            match gone || dropped.load(Ordering::Relaxed) {
+                true => ControlFlow::Break(()),
+                false => ControlFlow::Continue(()),
             }
         };
         let own = Arc::clone(server);

@@ -12,8 +12,9 @@ use std::time::Instant;
 
 use axum::body::{Body, Bytes, HttpBody};
 use hyper::body::{Frame, SizeHint};
-use llava_next_video::engine::Generation;
+use llava_next_video::engine::RequestEvent;
 
+use super::course::{Course, Stretch};
 use super::state::Server;
 
 /// The client went away before it was answered.
@@ -38,28 +39,51 @@ pub struct Entry {
     pub stream: bool,
     /// Pictures and frames.
     pub pictures: usize,
-    /// Of the prompt.
-    pub prompt_tokens: usize,
-    /// Of these, found in the cache.
-    pub cached_tokens: usize,
-    /// Of the answers.
-    pub new_tokens: usize,
-    /// Reading and scaling media.
-    pub media_s: f64,
-    /// Waiting for the engine.
-    pub queue_s: f64,
-    /// The engine's stages.
-    pub vision_s: f64,
-    /// See `vision_s`.
-    pub prefill_s: f64,
-    /// See `vision_s`.
-    pub decode_s: f64,
-    /// When the first token came.
-    pub first_token: Option<Instant>,
-    /// When the last came.
-    pub last_token: Option<Instant>,
+    /// When its media began to be read and scaled, and when they were.
+    pub media: Option<(Instant, Option<Instant>)>,
+    /// What it asked the engine.
+    pub questions: Vec<Course>,
     /// Why it was not answered.
     pub error: Option<String>,
+    /// The trace that it belongs to, where traces are made.
+    pub caller: Option<opentelemetry::Context>,
+}
+
+impl Entry {
+    /// A sum over the questions.
+    pub fn sum<T: std::iter::Sum>(&self, of: impl Fn(&Course) -> T) -> T {
+        self.questions.iter().map(of).sum()
+    }
+
+    /// From when to when its media were read, so far.
+    pub fn media(&self) -> Option<Stretch> {
+        let (from, to) = self.media?;
+        Some((from, to.unwrap_or_else(Instant::now)))
+    }
+
+    /// The same in seconds.
+    pub fn media_s(&self) -> f64 {
+        let media = self.media();
+        media.map_or(0.0, |(from, to)| (to - from).as_secs_f64())
+    }
+
+    /// Seconds that the question that waited longest for the engine did.
+    pub fn queue_s(&self) -> f64 {
+        self.questions
+            .iter()
+            .map(Course::queue_s)
+            .fold(0.0, f64::max)
+    }
+
+    /// When the first token came.
+    pub fn first_token(&self) -> Option<Instant> {
+        self.questions.iter().filter_map(Course::first_token).min()
+    }
+
+    /// When the last came.
+    pub fn last_token(&self) -> Option<Instant> {
+        self.questions.iter().filter_map(Course::last_token).max()
+    }
 }
 
 /// A request's entry, for all who know something of it.
@@ -78,17 +102,10 @@ impl RequestLog {
             status: None,
             stream: false,
             pictures: 0,
-            prompt_tokens: 0,
-            cached_tokens: 0,
-            new_tokens: 0,
-            media_s: 0.0,
-            queue_s: 0.0,
-            vision_s: 0.0,
-            prefill_s: 0.0,
-            decode_s: 0.0,
-            first_token: None,
-            last_token: None,
+            media: None,
+            questions: Vec::new(),
             error: None,
+            caller: None,
         })))
     }
 
@@ -97,24 +114,13 @@ impl RequestLog {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A token came.
-    pub fn token(&self) {
-        let now = Instant::now();
+    /// A question is handed to the engine; what is returned is to hear of everything that happens to it.
+    pub fn question(&self, prompt_tokens: usize) -> impl FnMut(&RequestEvent) + Send + use<> {
+        let log = self.clone();
         let mut entry = self.entry();
-        entry.first_token.get_or_insert(now);
-        entry.last_token = Some(now);
-    }
-
-    /// Adds what the engine says at the end.
-    pub fn generation(&self, generation: &Generation) {
-        let mut entry = self.entry();
-        entry.prompt_tokens += generation.prompt_tokens.iter().sum::<usize>();
-        entry.cached_tokens += generation.cached_tokens;
-        let ids = generation.completions.iter().map(|c| c.ids.len());
-        entry.new_tokens += ids.sum::<usize>();
-        entry.vision_s += generation.timings.vision_s;
-        entry.prefill_s += generation.timings.prefill_s;
-        entry.decode_s += generation.timings.decode_s;
+        entry.questions.push(Course::new(prompt_tokens));
+        let index = entry.questions.len() - 1;
+        move |event| log.entry().questions[index].hear(event)
     }
 }
 
@@ -136,12 +142,15 @@ impl Drop for LogGuard {
         let entry = self.log.entry();
         let status = entry.status.unwrap_or(GONE);
         self.server.metrics.request(&entry, status);
+        let traces = self.server.traces.as_ref();
+        let trace_id = traces.and_then(|traces| traces.request(&entry, self.server.name()));
         let seconds = |s: f64| (s > 0.0).then(|| (s * 1e4).round() / 1e4);
         let some = |n: usize| (n > 0).then_some(n);
-        let first = entry.first_token.map(|t| (t - entry.start).as_secs_f64());
+        let first = entry.first_token().map(|t| (t - entry.start).as_secs_f64());
         tracing::info!(
             target: "lnv::request",
             id = entry.id,
+            trace_id = trace_id.map(tracing::field::display),
             client = entry.client.map(tracing::field::display),
             method = entry.method,
             route = entry.route,
@@ -149,14 +158,14 @@ impl Drop for LogGuard {
             status,
             stream = entry.stream.then_some(true),
             pictures = some(entry.pictures),
-            prompt_tokens = some(entry.prompt_tokens),
-            cached_tokens = some(entry.cached_tokens),
-            new_tokens = some(entry.new_tokens),
-            media_s = seconds(entry.media_s),
-            queue_s = seconds(entry.queue_s),
-            vision_s = seconds(entry.vision_s),
-            prefill_s = seconds(entry.prefill_s),
-            decode_s = seconds(entry.decode_s),
+            prompt_tokens = some(entry.sum(|q| q.prompt_tokens)),
+            cached_tokens = some(entry.sum(|q| q.cached_tokens)),
+            new_tokens = some(entry.sum(|q| q.new_tokens)),
+            media_s = seconds(entry.media_s()),
+            queue_s = seconds(entry.queue_s()),
+            vision_s = seconds(entry.sum(|q| q.timings.vision_s)),
+            prefill_s = seconds(entry.sum(|q| q.timings.prefill_s)),
+            decode_s = seconds(entry.sum(|q| q.timings.decode_s)),
             first_token_s = first.and_then(seconds),
             total_s = seconds(entry.start.elapsed().as_secs_f64()),
             error = entry.error,

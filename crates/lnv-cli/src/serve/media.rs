@@ -29,6 +29,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use llava_next_video::media::{FrameSampling, Image, Video, VideoPart};
+use url::Url;
 
 use blob::{Blob, BlobWriter, Workshop};
 use cache::{Budgeted, Flights};
@@ -408,13 +409,36 @@ impl MediaStore {
     /// # Errors
     /// No room, or nothing was written.
     pub fn finish_upload(&self, upload: Upload) -> Result<Uploaded, MediaError> {
-        let blob = upload.0.finish()?;
+        Ok(self.keep(Arc::new(upload.0.finish()?)))
+    }
+
+    /// Fetches what an address of the web leads to, and keeps it like an upload. Blocks like [`MediaStore::fetch`].
+    ///
+    /// # Errors
+    /// It is another kind of source; it is too large to be kept; see [`MediaErrorKind`].
+    pub fn fetch_and_keep(&self, url: &str) -> Result<Uploaded, MediaError> {
+        let (name, most) = (source::shown(url), self.policy.upload_bytes);
+        let Source::Web(url) = source::parse(url, &self.policy)? else {
+            let message = format!("{name} is no http or https address: send the file itself");
+            return Err(MediaError::new(MediaErrorKind::Invalid, message));
+        };
+        let blob = self.fetch_web(&name, url)?;
+        if blob.bytes > most {
+            let message = format!(
+                "{name} has {} bytes, more than the {most} of all files that are kept: use a smaller one",
+                blob.bytes
+            );
+            return Err(MediaError::new(MediaErrorKind::TooLarge, message));
+        }
+        Ok(self.keep(blob))
+    }
+
+    fn keep(&self, blob: Arc<Blob>) -> Uploaded {
         let id = MediaId::of(&blob.digest);
-        let (bytes, blob) = (blob.bytes, Arc::new(blob));
         let mut uploads = held(&self.uploads);
         let is_new = uploads.get(&id).is_none();
-        uploads.insert(id.clone(), Arc::clone(&blob), bytes);
-        Ok(Uploaded { id, is_new, blob })
+        uploads.insert(id.clone(), Arc::clone(&blob), blob.bytes);
+        Uploaded { id, is_new, blob }
     }
 
     /// Keeps an upload no longer, unless the same bytes were there before, or have been sent again since:
@@ -474,13 +498,7 @@ impl MediaStore {
         let name = source::shown(&source.url);
         let blob = match source::parse(&source.url, policy)? {
             Source::Stored => return Ok((Content::File(self.upload(&source.url)?), 0)),
-            Source::Web(url) => {
-                let deadline = Instant::now() + policy.wait_timeout + policy.fetch_timeout;
-                self.fetching.run(url.to_string(), deadline, || {
-                    let out = self.workshop.begin(&name, policy.max_bytes)?;
-                    Ok(Arc::new(self.fetcher.fetch(&name, url, out)?))
-                })?
-            }
+            Source::Web(url) => self.fetch_web(&name, url)?,
             Source::File(path) => {
                 let out = self.workshop.begin(&name, policy.max_bytes)?;
                 Arc::new(local::read(&name, &path, policy, out)?)
@@ -500,6 +518,15 @@ impl MediaStore {
         };
         let bytes = blob.bytes;
         Ok((Content::File(blob), bytes))
+    }
+
+    fn fetch_web(&self, name: &str, url: Url) -> Result<Arc<Blob>, MediaError> {
+        let policy = &self.policy;
+        let deadline = Instant::now() + policy.wait_timeout + policy.fetch_timeout;
+        self.fetching.run(url.to_string(), deadline, || {
+            let out = self.workshop.begin(name, policy.max_bytes)?;
+            Ok(Arc::new(self.fetcher.fetch(name, url, out)?))
+        })
     }
 
     fn kept(&self, name: &str, bytes: &[u8]) -> Result<Arc<Blob>, MediaError> {

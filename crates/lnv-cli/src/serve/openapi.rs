@@ -102,6 +102,7 @@ fn paths(security: &Value) -> Value {
             "video/*": {"schema": {"type": "string", "format": "binary"}},
             "image/*": {"schema": {"type": "string", "format": "binary"}},
             "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+            "application/json": {"schema": refer("MediaLink")},
         },
     });
     let id = |about: &str| {
@@ -131,7 +132,7 @@ fn paths(security: &Value) -> Value {
         }},
         "/v1/media": {"post": {
             "operationId": "addMedia",
-            "summary": "Send a file that requests can then name.",
+            "summary": "Send a file, or have one fetched, that requests can then name.",
             "security": security,
             "parameters": sampling_parameters(),
             "requestBody": file,
@@ -253,10 +254,15 @@ fn schemas(limits: &Limits) -> Value {
             },
         },
         "Media": media_schema(),
+        "MediaLink": {
+            "type": "object",
+            "required": ["url"],
+            "properties": {"url": {"type": "string", "minLength": 1, "maxLength": 8192,
+                                   "description": "http: or https:, of a picture or a clip."}},
+        },
         "Usage": {
             "type": "object",
-            "required": ["prompt_tokens", "completion_tokens", "total_tokens",
-                         "prompt_tokens_details"],
+            "required": ["prompt_tokens", "completion_tokens", "total_tokens"],
             "properties": {
                 "prompt_tokens": {"type": "integer"},
                 "completion_tokens": {"type": "integer"},
@@ -372,7 +378,8 @@ fn chat_request(limits: &Limits) -> Value {
         "n": {"type": ["integer", "null"], "minimum": 1, "maximum": 16},
         "stream": {"type": ["boolean", "null"]},
         "stream_options": {"type": ["object", "null"],
-                           "properties": {"include_usage": {"type": ["boolean", "null"]}}},
+                           "properties": {"include_usage": {"type": ["boolean", "null"]},
+                                          "continuous_usage_stats": {"type": ["boolean", "null"]}}},
         "logprobs": {"type": ["boolean", "null"]},
         "top_logprobs": {"type": ["integer", "null"], "minimum": 0, "maximum": 20},
         "lnv": {"type": ["object", "null"],

@@ -64,6 +64,8 @@ pub struct Wanted {
     pub stream: bool,
     /// A last chunk with the usage.
     pub include_usage: bool,
+    /// In each chunk the usage so far, as vLLM has it.
+    pub usage_so_far: bool,
     /// Chunks that tell of the stages.
     pub progress: bool,
 }
@@ -75,10 +77,17 @@ impl Wanted {
         let n = body.integer("n", 1..=MAX_ANSWERS)?.unwrap_or(1) as usize;
         let sampling = sampling(body, &bounds.defaults)?;
         let stream = body.flag("stream")?.unwrap_or(false);
-        let include_usage = match body.get("stream_options") {
-            Some(value) => Fields::new(value, "stream_options")?.flag("include_usage")?,
-            None => None,
+        let (include_usage, usage_so_far) = match body.get("stream_options") {
+            Some(value) => {
+                let of = Fields::new(value, "stream_options")?;
+                (
+                    of.flag("include_usage")?,
+                    of.flag("continuous_usage_stats")?,
+                )
+            }
+            None => (None, None),
         };
+        let include_usage = include_usage.unwrap_or(false);
         let progress = match body.get("lnv") {
             Some(value) => Fields::new(value, "lnv")?.flag("progress")?,
             None => None,
@@ -101,7 +110,8 @@ impl Wanted {
             n,
             format: format(body)?,
             stream,
-            include_usage: include_usage.unwrap_or(false),
+            include_usage,
+            usage_so_far: include_usage && usage_so_far.unwrap_or(false),
             progress: progress.unwrap_or(false),
         })
     }
@@ -328,6 +338,10 @@ mod tests {
             (
                 json!({"stream_options": {"include_usage": 1}}),
                 "stream_options.include_usage",
+            ),
+            (
+                json!({"stream_options": {"continuous_usage_stats": "yes"}}),
+                "stream_options.continuous_usage_stats",
             ),
             (json!({"top_logprobs": 2}), "top_logprobs"),
             (

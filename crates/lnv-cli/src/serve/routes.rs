@@ -89,6 +89,11 @@ async fn note(
         _ => "other",
     };
     let log = RequestLog::new(id.clone(), client, method.to_owned(), route);
+    let caller = server
+        .traces
+        .as_ref()
+        .map(|traces| traces.caller(request.headers()));
+    log.entry().caller = caller;
     let guard = LogGuard::new(log.clone(), Arc::clone(&server));
     let origin = request.headers().get(header::ORIGIN).cloned();
     request.extensions_mut().insert(log.clone());
@@ -213,7 +218,7 @@ fn preflight() -> Response {
         (header::ACCESS_CONTROL_ALLOW_METHODS, "GET, POST"),
         (
             header::ACCESS_CONTROL_ALLOW_HEADERS,
-            "authorization, content-type, x-request-id",
+            "authorization, content-type, x-request-id, traceparent, tracestate",
         ),
         (header::ACCESS_CONTROL_MAX_AGE, "600"),
     ];

@@ -16,6 +16,7 @@ use super::json_schema::JsonGrammars;
 use super::media::MediaStore;
 use super::metrics::Metrics;
 use super::request::{AnswerBounds, random};
+use super::trace::Traces;
 use crate::pipeline::Pipeline;
 use crate::stream::Text;
 
@@ -79,6 +80,8 @@ pub struct Server {
     pub settings: Settings,
     /// What is counted.
     pub metrics: Metrics,
+    /// What makes spans, where somebody wants them.
+    pub traces: Option<Arc<Traces>>,
     /// What bounds memory.
     pub gates: Gates,
     /// True once the server is to stop.

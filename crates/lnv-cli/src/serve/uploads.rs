@@ -1,7 +1,8 @@
-//! `POST /v1/media` and `GET /v1/media/{id}`: a file is sent once, looked at, and then named by many
+//! `POST /v1/media` and `GET /v1/media/{id}`: a file is sent or fetched once, looked at, and then named by many
 //! requests.
 //!
-//! Decision: the bytes go to the store as they come, so that an upload needs no memory of its own; and
+//! Decision: a link is fetched here as in a chat, and kept like a file that was sent, so that what a person has seen
+//! is what is asked about, whatever the link leads to later. The bytes go to the store as they come, so that an upload needs no memory of its own; and
 //! what comes back is what a person wants to see before asking: which frames the model would get.
 
 use std::collections::HashMap;
@@ -20,15 +21,21 @@ use super::body;
 use super::chat::axum_json;
 use super::content::Wish;
 use super::error::{ApiError, ApiResult};
-use super::fields::Fields;
+use super::fields::{self, Fields};
 use super::job::{aside, refusal, take};
-use super::media::{Described, MediaKind};
+use super::media::{Described, MediaKind, Uploaded};
 use super::state::Server;
 use super::within;
 
+/// The type of a body that is no file but says where one is.
+const LINK: &str = "application/json";
+
+/// Bytes of such a body.
+const MAX_LINK: usize = 64 << 10;
+
 type Words = Result<Query<HashMap<String, String>>, axum::extract::rejection::QueryRejection>;
 
-/// Takes a file.
+/// Takes a file, or fetches one.
 pub async fn add(
     State(server): State<Arc<Server>>,
     query: Words,
@@ -42,24 +49,47 @@ pub async fn add(
     let work = async {
         let (wish, kind) = asked(&server, query)?;
         let told = request.headers().get(header::CONTENT_TYPE);
-        let told = told.and_then(|value| match value.to_str().ok()?.split_once('/')?.0 {
-            "image" => Some(MediaKind::Image),
-            "video" => Some(MediaKind::Video),
-            _ => None,
-        });
-        let uploaded = body::store(&server, request).await?;
-        let id = uploaded.id.as_str().to_owned();
+        let told = told.and_then(|value| value.to_str().ok()).unwrap_or("");
         // A GIF is sent as a picture and may be wanted as a clip: the bytes decide where nothing is asked.
-        let answer = shown(&server, id, wish, kind, told).await;
+        let told_kind = match told.split('/').next() {
+            Some("image") => Some(MediaKind::Image),
+            Some("video") => Some(MediaKind::Video),
+            _ => None,
+        };
+        let (uploaded, place) = match told.split(';').next().map(str::trim) {
+            Some(LINK) => (linked(&server, request).await?, "url"),
+            _ => (body::store(&server, request).await?, "file"),
+        };
+        let id = uploaded.id.as_str().to_owned();
+        let answer = shown(&server, id, (wish, kind.or(told_kind)), place).await;
         // What cannot be shown cannot be asked about: it does not push out what can. Where only the wish for
         // its frames was wrong it stays, to be looked at again.
-        let about_the_file = |error: &ApiError| error.param.as_deref() == Some("file");
+        let about_the_file = |error: &ApiError| error.param.as_deref() == Some(place);
         if answer.as_ref().err().is_some_and(about_the_file) {
             server.media.take_back(&uploaded);
         }
         answer
     };
     within(&server, deadline, work).await
+}
+
+/// Fetches what the body names, by the rules for the media of chats.
+async fn linked(server: &Arc<Server>, request: Request<Body>) -> ApiResult<Uploaded> {
+    let held = body::read(server, request, MAX_LINK).await?;
+    let value = fields::parse(&held.bytes)?;
+    let url = Fields::new(&value, "")?.text("url")?.map(str::to_owned);
+    let url = url.ok_or_else(|| {
+        ApiError::invalid(
+            "url",
+            "url is missing: give the address of a picture or a clip",
+        )
+        .code("missing_required_parameter")
+    })?;
+    let turn = take(&server.gates.fetching, 1).await?;
+    let store = Arc::clone(&server.media);
+    let fetched = aside(move || store.fetch_and_keep(&url)).await?;
+    drop(turn);
+    fetched.map_err(|error| refusal(error, "url", false))
 }
 
 /// Looks at a file that was sent before.
@@ -76,7 +106,7 @@ pub async fn describe(
             let message = "an id begins with media:, as POST /v1/media gives it";
             return Err(ApiError::not_found("id", "media_not_found", message));
         }
-        shown(&server, id, wish, kind, None).await
+        shown(&server, id, (wish, kind), "file").await
     };
     within(&server, deadline, work).await
 }
@@ -107,23 +137,22 @@ fn asked(server: &Server, query: Words) -> ApiResult<(Wish, Option<MediaKind>)> 
 async fn shown(
     server: &Arc<Server>,
     id: String,
-    wish: Wish,
-    kind: Option<MediaKind>,
-    told: Option<MediaKind>,
+    (wish, kind): (Wish, Option<MediaKind>),
+    place: &str,
 ) -> ApiResult<Response> {
     let store = Arc::clone(&server.media);
     let bounds = server.settings.media;
     let own = id.clone();
     let turn = take(&server.gates.preparing, 1).await?;
     let described = aside(move || {
-        let kind = match kind.or(told) {
+        let kind = match kind {
             Some(kind) => kind,
             None => store.kind_of(&own)?,
         };
         let source = wish.source(kind, &own, &bounds);
         Ok((kind, store.describe(&source)?))
     });
-    let (kind, described) = described.await?.map_err(|e| refusal(e, "file", true))?;
+    let (kind, described) = described.await?.map_err(|e| refusal(e, place, true))?;
     drop(turn);
     Ok(axum_json(&told_of(server, &id, kind, &described)?))
 }

@@ -6,24 +6,23 @@
 //! others out of the line. The request has one place in the line, from its beginning to its end: it is taken as a whole or not at all, and its questions wait for each other, not against each other.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use axum::body::Body;
 use axum::extract::{Extension, State};
 use axum::http::Request;
 use axum::response::Response;
 use futures_util::stream::{StreamExt, TryStreamExt, iter};
-use llava_next_video::engine::{Constraints, Generation};
+use llava_next_video::engine::Generation;
 use llava_next_video::processor::conversation::{Conversation, Message, Role};
 use serde_json::{Value, json};
 
-use super::arriving::{Read, begin};
-use super::body;
-use super::chat::{axum_json, client, constraints, now, reason, text, usage, wait};
+use super::arriving;
+use super::begin::{Begun, begin};
+use super::chat::{axum_json, now, reason, text, usage, wait};
 use super::content::{self, Named};
 use super::error::{ApiError, ApiResult};
-use super::fields::{self, Fields};
-use super::job::{Asked, Job, Place, aside, pictures, prepare, question};
+use super::fields::Fields;
+use super::job::{Asked, Job, Place, prepare, question};
 use super::log::RequestLog;
 use super::request::Wanted;
 use super::state::{Peer, Server};
@@ -35,13 +34,10 @@ pub const MAX_QUESTIONS: usize = 256;
 /// Questions of one request that the engine has at once.
 pub const AT_ONCE: usize = 8;
 
-/// A request that was read.
-struct Parsed {
-    video: Option<Named>,
+/// What is asked.
+struct Questions {
     questions: Vec<String>,
     system: Option<String>,
-    user: Option<String>,
-    wanted: Wanted,
 }
 
 /// Answers the questions.
@@ -63,27 +59,16 @@ async fn answer(
     peer: Option<Peer>,
     request: Request<Body>,
 ) -> ApiResult<Response> {
-    let headers = request.headers().clone();
-    let held = body::read(server, request, server.settings.max_body).await?;
-    let bytes = held.bytes;
-    let own = Arc::clone(server);
-    let mut parsed = aside(move || parse(&own, &bytes)).await??;
-    let place = Arc::new(Place::take(server)?);
-    let constraints = constraints(server, &parsed.wanted).await?;
-    let read = pictures(server, parsed.video.take().into_iter().collect()).await?;
-    let mut asker = Asker {
-        client: client(server, peer, &headers, parsed.user.as_deref()),
+    let mut begun = begin(server, log, peer, request, parse).await?;
+    let first = first(server, log, &mut begun).await?;
+    drop(begun.room.take());
+    let (questions, stop) = (&begun.said.questions, &begun.wanted.options.stop);
+    let asker = Asker {
         server,
         log,
-        parsed: &parsed,
-        read,
-        place,
-        constraints,
+        begun: &begun,
     };
-    let first = asker.begin().await?;
-    drop(held.room);
-    let asker = asker;
-    let rest = iter(1..parsed.questions.len())
+    let rest = iter(1..questions.len())
         .map(|index| asker.ask(index))
         .buffered(AT_ONCE)
         .try_collect::<Vec<_>>()
@@ -100,8 +85,8 @@ async fn answer(
         total[2] += generation.cached_tokens as u64;
         data.push(json!({
             "index": index,
-            "question": parsed.questions[index],
-            "answer": text(server, &completion.ids, &parsed.wanted.options.stop),
+            "question": questions[index],
+            "answer": text(server, &completion.ids, stop),
             "finish_reason": reason(completion.finish_reason)?,
             "usage": usage,
         }));
@@ -121,11 +106,11 @@ async fn answer(
     })))
 }
 
-fn parse(server: &Server, bytes: &[u8]) -> ApiResult<Parsed> {
-    let value = fields::parse(bytes)?;
-    let body = Fields::new(&value, "")?;
-    server.check_name(body.text("model")?)?;
-    let mut wanted = Wanted::read(&body, &server.settings.answers)?;
+fn parse(
+    server: &Server,
+    body: &Fields,
+    wanted: &mut Wanted,
+) -> ApiResult<(Questions, Vec<Named>)> {
     for (key, given) in [
         ("stream", wanted.stream),
         ("n", wanted.n > 1),
@@ -137,13 +122,12 @@ fn parse(server: &Server, bytes: &[u8]) -> ApiResult<Parsed> {
         }
     }
     wanted.options.num_return_sequences = 1;
-    Ok(Parsed {
-        video: Some(content::video(&body, &server.settings.media)?),
+    let video = content::video(body, &server.settings.media)?;
+    let said = Questions {
         questions: questions(body.list("questions")?)?,
         system: body.text("system")?.map(str::to_owned),
-        user: body.text("user")?.map(str::to_owned),
-        wanted,
-    })
+    };
+    Ok((said, vec![video]))
 }
 
 fn questions(list: Option<&Vec<Value>>) -> ApiResult<Vec<String>> {
@@ -169,51 +153,49 @@ fn questions(list: Option<&Vec<Value>>) -> ApiResult<Vec<String>> {
 struct Asker<'a> {
     server: &'a Arc<Server>,
     log: &'a RequestLog,
-    parsed: &'a Parsed,
-    read: Read,
-    place: Arc<Place>,
-    constraints: Option<Arc<dyn Constraints>>,
-    client: u64,
+    begun: &'a Begun<Questions>,
 }
 
 impl Asker<'_> {
-    /// Asks the first question, perhaps while the clip is still being read.
-    async fn begin(&mut self) -> ApiResult<Generation> {
-        let (conversation, asked, place) = self.question(0);
-        let mut job = begin(self.server, &mut self.read, conversation, place, asked).await?;
-        {
-            let mut entry = self.log.entry();
-            entry.media_s = self.read.pictures.seconds;
-            entry.pictures = self.read.pictures.count();
-        }
-        wait(&mut job, self.log, Instant::now()).await
-    }
-
     /// Asks another.
     async fn ask(&self, index: usize) -> ApiResult<Generation> {
-        let (conversation, asked, place) = self.question(index);
-        let pictures = self.read.pictures.clone();
+        let (conversation, asked, place) = question_of(self.begun, index);
+        let pictures = self.begun.read.pictures.clone();
         let prepared = prepare(self.server, conversation, pictures).await?;
-        let mut job = Job::start(self.server, prepared, place, asked).await?;
-        wait(&mut job, self.log, Instant::now()).await
+        let mut job = Job::start(self.server, self.log, prepared, place, asked).await?;
+        wait(&mut job).await
     }
+}
 
-    fn question(&self, index: usize) -> (Conversation, Asked, Arc<Place>) {
-        let mut conversation = Conversation::default();
-        if let Some(system) = &self.parsed.system {
-            let message = Message::text(Role::System, system.clone());
-            conversation.messages.push(message);
-        }
-        let content = question(&self.parsed.questions[index]);
-        conversation
-            .messages
-            .push(Message::new(Role::User, content));
-        let asked = Asked {
-            options: self.parsed.wanted.options.clone(),
-            constraints: self.constraints.clone(),
-            client: self.client,
-            progress: false,
-        };
-        (conversation, asked, Arc::clone(&self.place))
+/// Asks the first question, perhaps while the clip is still being read.
+async fn first(
+    server: &Arc<Server>,
+    log: &RequestLog,
+    begun: &mut Begun<Questions>,
+) -> ApiResult<Generation> {
+    let (conversation, asked, place) = question_of(begun, 0);
+    let question = (conversation, place, asked);
+    let (mut job, _) = arriving::begin(server, log, &mut begun.read, question).await?;
+    wait(&mut job).await
+}
+
+/// A question, and how it is to be answered.
+fn question_of(begun: &Begun<Questions>, index: usize) -> (Conversation, Asked, Arc<Place>) {
+    let Begun { said, wanted, .. } = begun;
+    let mut conversation = Conversation::default();
+    if let Some(system) = &said.system {
+        let message = Message::text(Role::System, system.clone());
+        conversation.messages.push(message);
     }
+    let content = question(&said.questions[index]);
+    conversation
+        .messages
+        .push(Message::new(Role::User, content));
+    let asked = Asked {
+        options: wanted.options.clone(),
+        constraints: begun.constraints.clone(),
+        client: begun.client,
+        progress: false,
+    };
+    (conversation, asked, Arc::clone(&begun.place))
 }

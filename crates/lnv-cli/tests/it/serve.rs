@@ -1,178 +1,15 @@
 //! The server as clients use it: the built binary with the built-in model, on a free port of loopback.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use serde_json::{Value, json};
 
-use crate::support::{golden, lnv, run};
-
-/// A server that ends with the test.
-struct Served {
-    child: Child,
-    url: String,
-    /// What it said on stderr, in the end.
-    err: Option<std::thread::JoinHandle<String>>,
-}
-
-/// An answer: status, headers that matter, body.
-struct Answered {
-    status: u16,
-    retry_after: Option<String>,
-    id: Option<String>,
-    text: String,
-}
-
-impl Answered {
-    fn json(&self) -> Value {
-        serde_json::from_str(&self.text).unwrap_or_else(|_| panic!("{}", self.text))
-    }
-
-    /// A refusal in OpenAI's form.
-    fn refuses(&self, status: u16, param: Option<&str>) -> String {
-        assert_eq!(self.status, status, "{}", self.text);
-        let error = &self.json()["error"];
-        assert_eq!(error["param"].as_str(), param, "{}", self.text);
-        assert!(error["type"].is_string(), "{}", self.text);
-        assert!(error["code"].is_string() || error["code"].is_null());
-        error["message"].as_str().unwrap().to_owned()
-    }
-}
-
-impl Served {
-    fn start(words: &[&str]) -> Self {
-        let mut child = lnv()
-            .args(["serve", "--port", "0"])
-            .args(words)
-            .env_remove("LNV_API_KEY")
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        let mut out = BufReader::new(child.stdout.take().unwrap());
-        out.read_line(&mut line).unwrap();
-        let mut stderr = child.stderr.take().unwrap();
-        let err = std::thread::spawn(move || {
-            let mut text = String::new();
-            let _ = stderr.read_to_string(&mut text);
-            text
-        });
-        let Some(at) = line.find("http://") else {
-            panic!("{line}: {}", err.join().unwrap());
-        };
-        Self {
-            child,
-            url: line[at..].trim().to_owned(),
-            err: Some(err),
-        }
-    }
-
-    fn agent() -> ureq::Agent {
-        ureq::Agent::config_builder()
-            .http_status_as_error(false)
-            .timeout_global(Some(Duration::from_secs(120)))
-            .build()
-            .into()
-    }
-
-    fn answered(response: Result<ureq::http::Response<ureq::Body>, ureq::Error>) -> Answered {
-        let mut response = response.unwrap();
-        let header = |name: &str| {
-            let value = response.headers().get(name)?;
-            Some(value.to_str().unwrap().to_owned())
-        };
-        Answered {
-            status: response.status().as_u16(),
-            retry_after: header("retry-after"),
-            id: header("x-request-id"),
-            text: response.body_mut().read_to_string().unwrap(),
-        }
-    }
-
-    fn get(&self, path: &str) -> Answered {
-        Self::answered(Self::agent().get(format!("{}{path}", self.url)).call())
-    }
-
-    fn post(&self, path: &str, body: &Value) -> Answered {
-        self.send(path, "application/json", body.to_string().as_bytes())
-    }
-
-    fn send(&self, path: &str, kind: &str, body: &[u8]) -> Answered {
-        let request = Self::agent().post(format!("{}{path}", self.url));
-        Self::answered(request.content_type(kind).send(body))
-    }
-
-    fn chat(&self, body: &Value) -> Answered {
-        self.post("/v1/chat/completions", body)
-    }
-
-    /// A request written by hand, on a connection of its own.
-    fn connect(&self) -> TcpStream {
-        TcpStream::connect(self.url.trim_start_matches("http://")).unwrap()
-    }
-
-    fn metric(&self, name: &str) -> f64 {
-        let text = self.get("/metrics").text;
-        let line = text.lines().find(|line| line.starts_with(name));
-        let line = line.unwrap_or_else(|| panic!("no {name} in {text}"));
-        line.rsplit(' ').next().unwrap().parse().unwrap()
-    }
-
-    fn signal(&self, name: &str) {
-        let pid = self.child.id().to_string();
-        let killed = std::process::Command::new("kill")
-            .args([&format!("-{name}"), &pid])
-            .status();
-        assert!(killed.unwrap().success());
-    }
-
-    /// Waits for its end; gives its status and what it said.
-    fn end(mut self) -> (Option<i32>, String) {
-        let status = self.child.wait().unwrap().code();
-        (status, self.err.take().unwrap().join().unwrap())
-    }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn demo(file: &str) -> Vec<u8> {
-    std::fs::read(golden().join("../demo").join(file)).unwrap()
-}
-
-fn data_uri(file: &str) -> String {
-    let kind = match file.ends_with(".mp4") {
-        true => "video/mp4",
-        false => "image/png",
-    };
-    format!("data:{kind};base64,{}", BASE64_STANDARD.encode(demo(file)))
-}
-
-fn about(file: &str, question: &str) -> Value {
-    let part = match file.ends_with(".mp4") {
-        true => json!({"type": "video_url", "video_url": {"url": data_uri(file)}}),
-        false => json!({"type": "image_url", "image_url": {"url": data_uri(file)}}),
-    };
-    json!({"messages": [{"role": "user", "content": [
-        part, {"type": "text", "text": question},
-    ]}]})
-}
-
-fn content(answer: &Answered, index: usize) -> String {
-    assert_eq!(answer.status, 200, "{}", answer.text);
-    let message = &answer.json()["choices"][index]["message"];
-    assert_eq!(message["role"], "assistant");
-    message["content"].as_str().unwrap().to_owned()
-}
+use crate::served::{Answered, Served, about, content, data_uri, demo};
+use crate::support::{golden, run};
 
 /// The events of a stream, the last of which is `[DONE]`.
 fn events(text: &str) -> Vec<Value> {
@@ -453,6 +290,23 @@ fn progress_and_timings_are_told_where_asked_for() {
     }
     let last = streamed.last().unwrap();
     assert!(last["lnv"]["timings"]["prefill_s"].as_f64().unwrap() > 0.0);
+    body["stream_options"] = json!({"include_usage": true, "continuous_usage_stats": true});
+    let streamed = events(&server.chat(&body).text);
+    let tokens = |event: &Value| event["usage"]["completion_tokens"].as_u64();
+    let so_far: Vec<u64> = streamed.iter().filter_map(tokens).collect();
+    assert_eq!(so_far.len(), streamed.len(), "each chunk tells it");
+    assert!(so_far[0] == 0 && so_far.is_sorted(), "{so_far:?}");
+    let usage = streamed.iter().map(|event| &event["usage"]);
+    let whole = usage
+        .clone()
+        .find(|usage| usage.get("prompt_tokens_details").is_some());
+    let whole = whole.unwrap();
+    assert_eq!(so_far.last().copied(), whole["completion_tokens"].as_u64());
+    assert!(
+        usage
+            .into_iter()
+            .all(|usage| usage["prompt_tokens"] == whole["prompt_tokens"])
+    );
 }
 
 #[test]
@@ -801,14 +655,6 @@ fn the_description_names_every_address_and_no_other() {
             let known = answer.status != 405 && answer.json_code() != Some("not_found".into());
             assert!(known, "{method} {path}: {}", answer.text);
         }
-    }
-}
-
-impl Answered {
-    /// The refusal's word for programs.
-    fn json_code(&self) -> Option<String> {
-        let value: Value = serde_json::from_str(&self.text).ok()?;
-        Some(value["error"]["code"].as_str()?.to_owned())
     }
 }
 

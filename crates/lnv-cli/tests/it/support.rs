@@ -79,6 +79,7 @@ pub fn lnv() -> Command {
         "ALL_PROXY",
         "all_proxy",
         "LNV_LOG",
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
     ] {
         command.env_remove(name);
     }

@@ -6,7 +6,7 @@
 import { Turn } from './chat.js';
 import { el } from './dom.js';
 import { Medium, mediumCard, settled, viewerFor } from './media.js';
-import { Problem, answer, key, modelName, onKeyWanted, stopped } from './server.js';
+import { Problem, answer, forgotten, key, modelName, onKeyWanted, stopped } from './server.js';
 
 const $ = (id) => document.getElementById(id);
 const SETTINGS = 'lnv-settings';
@@ -64,6 +64,20 @@ function addFiles(files) {
     else addMedium(new Medium({ file, frames: Number(settings.frames) || null }));
   }
   $('question').focus();
+}
+
+/** Asks for a link; the server fetches what is there. */
+function addLink() {
+  const dialog = $('linker');
+  const field = dialog.querySelector('input');
+  field.value = '';
+  dialog.returnValue = '';
+  dialog.onclose = () => {
+    if (dialog.returnValue !== 'save') return;
+    addMedium(new Medium({ link: field.value.trim(), frames: Number(settings.frames) || null }));
+    $('question').focus();
+  };
+  dialog.showModal();
 }
 
 function addMedium(medium) {
@@ -132,7 +146,7 @@ async function run(turn) {
   } catch (error) {
     follow = atBottom();
     const message = stopped(error) ? 'Stopped.' : plain(error);
-    turn.finish(stopped(error) ? 'stopped' : 'failed', message, turn.answer ? {} : null);
+    turn.finish(stopped(error) ? 'stopped' : 'failed', message, turn.answer ? { usage: turn.usage } : null);
     if (!turn.answer) putBack(turn);
     if (!stopped(error)) tell(message);
     say(message);
@@ -152,13 +166,14 @@ async function answerWith(turn, signal) {
       turn.append(piece);
       if (follow) scrollDown();
     },
+    usage: (usage) => (turn.usage = usage),
   };
   try {
     return await answer(await body(turn, signal), signal, on);
   } catch (error) {
     // The server keeps so many files; those that it has dropped are sent again, once.
-    const lost = turns.flatMap((each) => each.media).filter((medium) => medium.file);
-    if (error.status !== 404 || turn.answer || !lost.length) throw error;
+    const lost = turns.flatMap((each) => each.media).filter((medium) => medium.again);
+    if (!forgotten(error) || turn.answer || !lost.length) throw error;
     lost.forEach((medium) => medium.send());
     await settled(lost, signal);
     return answer(await body(turn, signal), signal, on);
@@ -313,6 +328,7 @@ const idea = (text) => {
 function wireFiles() {
   const pick = () => $('files').click();
   $('attach').onclick = pick;
+  $('link').onclick = addLink;
   $('drop').onclick = pick;
   $('files').onchange = () => {
     addFiles([...$('files').files]);

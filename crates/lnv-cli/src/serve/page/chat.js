@@ -80,7 +80,7 @@ export class Turn {
 
   /** The answer is asked for. */
   begin() {
-    Object.assign(this, { answer: '', state: 'running', note: '', facts: null, stage: null });
+    Object.assign(this, { answer: '', state: 'running', note: '', facts: null, stage: null, usage: null });
     this.started = performance.now();
     this.first = null;
     this.#timer = setInterval(() => this.#tick(), TICK_MS);
@@ -189,9 +189,10 @@ function figures({ usage, timings, first, whole, streaming }) {
   }
   if (first != null) rows.push(['First word after', inSeconds(first)]);
   if (usage) {
-    const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
+    // Known at the end only, as the stages' seconds are.
+    const cached = usage.prompt_tokens_details?.cached_tokens;
     rows.push(['Prompt tokens', usage.prompt_tokens.toLocaleString()]);
-    rows.push(['Of them cached', cached.toLocaleString()]);
+    if (cached != null) rows.push(['Of them cached', cached.toLocaleString()]);
     rows.push(['Answer tokens', tokens.toLocaleString()]);
   }
   const cells = rows.map(([label, value]) => el('div', {}, el('dt', {}, label), el('dd', {}, value)));

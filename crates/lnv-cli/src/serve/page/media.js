@@ -2,10 +2,10 @@
 //
 // Decision: the server samples, never the browser, so that what is shown is what is asked about, for
 // every format that the server reads. The file stays here too: it can be played, and be sent again
-// where the server has dropped it.
+// where the server has dropped it; what is at a link is fetched by the server, and fetched again.
 
 import { clock, count, el, iconButton } from './dom.js';
-import { Problem, describe, stopped, upload } from './server.js';
+import { Problem, describe, fetchLink, forgotten, stopped, upload } from './server.js';
 
 /** Changes of the frame count come in bursts. */
 const SETTLE_MS = 250;
@@ -13,6 +13,17 @@ const SETTLE_MS = 250;
 const MAX_FRAMES = 512;
 
 const kindOf = (file) => /^(video|image)\//.exec(file.type)?.[1] ?? null;
+
+/** The last part of a link's path, as a person would call it. */
+function nameOf(link) {
+  const { hostname, pathname } = new URL(link);
+  const last = pathname.split('/').filter(Boolean).pop() ?? hostname;
+  try {
+    return decodeURIComponent(last);
+  } catch {
+    return last;
+  }
+}
 
 const pause = (ms, signal) =>
   new Promise((resolve, reject) => {
@@ -27,13 +38,14 @@ export class Medium extends EventTarget {
   #job = null;
 
   /**
-   * From a file that was just chosen, or as `kept()` gave it. `frames`: how many of a video, where a person
+   * From a file that was just chosen, from a link, or as `kept()` gave it. `frames`: how many of a video, where a person
    * has said so; else as many as the server takes by itself, which a short clip need not have.
    */
-  constructor({ file = null, frames = null, kept = null }) {
+  constructor({ file = null, link = null, frames = null, kept = null }) {
     super();
     this.file = file;
-    this.name = file?.name || kept?.name || 'pasted';
+    this.link = link ?? kept?.link ?? null;
+    this.name = file?.name || kept?.name || (link && nameOf(link)) || 'pasted';
     this.kind = kept?.kind ?? (file && kindOf(file));
     this.sampling = kept?.sampling ?? { num_frames: frames, start: null, end: null };
     this.about = kept?.about ?? null;
@@ -51,7 +63,8 @@ export class Medium extends EventTarget {
 
   /** What a later visit needs. */
   kept() {
-    return { name: this.name, kind: this.kind, sampling: this.sampling, about: this.about };
+    const { name, link, kind, sampling, about } = this;
+    return { name, link, kind, sampling, about };
   }
 
   /** The same medium for another question, so that its frames can be chosen anew. */
@@ -61,7 +74,12 @@ export class Medium extends EventTarget {
     return copy;
   }
 
-  /** Uploads the file, again where it was there before. */
+  /** Whether the server can get it once more. */
+  get again() {
+    return this.file != null || this.link != null;
+  }
+
+  /** Has the server get it, again where it was there before. */
   send() {
     this.#run((signal) => this.#upload(signal));
   }
@@ -74,7 +92,7 @@ export class Medium extends EventTarget {
       try {
         this.about = await describe(this.about.id, this.#query(), signal);
       } catch (error) {
-        if (error.status !== 404 || !this.file) throw error;
+        if (!forgotten(error) || !this.again) throw error;
         await this.#upload(signal);
       }
     });
@@ -92,11 +110,15 @@ export class Medium extends EventTarget {
   }
 
   async #put(signal) {
-    this.progress = 0;
-    const about = await upload(this.file, this.kind, this.#query(), signal, (share) => {
+    const tell = (share) => {
       this.progress = share;
       this.#changed();
-    });
+    };
+    // How far the server is with a link, nobody knows.
+    tell(this.file ? 0 : 1);
+    const about = this.file
+      ? await upload(this.file, this.kind, this.#query(), signal, tell)
+      : await fetchLink(this.link, this.#query(), signal);
     this.about = about;
     this.kind = about.kind ?? this.kind;
   }
@@ -178,7 +200,7 @@ export async function settled(media, signal) {
 
 /** One line about a medium. */
 function summary({ about, isVideo, kind }) {
-  if (!about) return kind === 'image' ? 'picture' : 'video';
+  if (!about) return { image: 'picture', video: 'video' }[kind] ?? '';
   const facts = [`${about.width}×${about.height}`];
   if (isVideo && about.duration_s != null) facts.push(clock(about.duration_s));
   if (isVideo) facts.push(count(about.frames.length, 'frame'));
@@ -230,11 +252,11 @@ export function mediumFigure(medium, view, again) {
 /** A medium that is about to be asked about. */
 export function mediumCard(medium, view, remove) {
   const facts = el('span', { className: 'muted' });
-  const bar = el('progress', { max: 1, ariaLabel: `Sending ${medium.name}` });
+  const bar = el('progress', { max: 1, ariaLabel: `${medium.file ? 'Sending' : 'Fetching'} ${medium.name}` });
   const place = el('div', { className: 'place' });
   const error = el('p', { className: 'wrong', role: 'alert' });
   const send = () => medium.send();
-  const retry = el('button', { type: 'button', className: 'plain', onclick: send }, 'Send again');
+  const retry = el('button', { type: 'button', className: 'plain', onclick: send }, medium.file ? 'Send again' : 'Try again');
   const head = el(
     'div',
     { className: 'row' },
@@ -259,9 +281,10 @@ export function mediumCard(medium, view, remove) {
     else bar.removeAttribute('value');
     error.textContent = medium.error?.message ?? '';
     error.hidden = !medium.error;
-    // What the server has refused, it refuses again.
-    const refused = medium.error?.status >= 400 && medium.error.status < 429;
-    retry.hidden = !medium.error || refused || !medium.file;
+    // What the server has refused, it refuses again; another's server may be back.
+    const { status, code } = medium.error ?? {};
+    const refused = status >= 400 && status < 429 && !/^media_(unreachable|timeout)$/.test(code);
+    retry.hidden = !medium.error || refused || !medium.again;
     if (medium.isVideo && !controls && about) {
       controls = samplingControls(medium);
       card.insertBefore(controls, error);

@@ -19,6 +19,9 @@ export const stopped = (error) => error?.name === 'AbortError';
 
 const abortion = () => new DOMException('stopped', 'AbortError');
 
+/** True where the server no longer has a file that was sent. */
+export const forgotten = (error) => error?.code === 'media_not_found';
+
 /** The API key, kept until the tab is closed. */
 export const key = {
   get: () => sessionStorage.getItem(KEY) ?? '',
@@ -36,9 +39,11 @@ export function onKeyWanted(ask) {
 
 const authorization = () => (key.get() ? { Authorization: `Bearer ${key.get()}` } : {});
 
-/** With a capital, and only where it is text. */
-const sentence = (text) =>
-  typeof text === 'string' && text ? text[0].toUpperCase() + text.slice(1) : undefined;
+/** With a capital but for an address, and only where it is text. */
+function sentence(text) {
+  if (typeof text !== 'string' || !text) return undefined;
+  return /^\w+:\/\//.test(text) ? text : text[0].toUpperCase() + text.slice(1);
+}
 
 /** The server's own sentence, or one for what stands between here and it. */
 function problem(status, text, retryAfter) {
@@ -124,6 +129,17 @@ export async function upload(file, kind, sampling, signal, onProgress) {
   }
 }
 
+/** Has the server fetch what is at an address. Answers its description of it. */
+export async function fetchLink(url, sampling, signal) {
+  const response = await request(`v1/media?${samplingQuery(sampling)}`, {
+    method: 'POST',
+    headers: { 'Content-Type': 'application/json' },
+    body: JSON.stringify({ url }),
+    signal,
+  });
+  return response.json();
+}
+
 /** The frames of a file that the server has, sampled another way. */
 export async function describe(id, sampling, signal) {
   const path = `v1/media/${encodeURIComponent(id)}?${samplingQuery(sampling)}`;
@@ -151,7 +167,7 @@ async function* events(response) {
 }
 
 /**
- * Asks, and tells as it goes: `on.stage({stage, done, total})`, `on.text(piece)`.
+ * Asks, and tells as it goes: `on.stage({stage, done, total})`, `on.text(piece)`, `on.usage(tokensSoFar)`.
  * Answers `{finish, usage, timings}`.
  */
 export async function answer(body, signal, on) {
@@ -161,7 +177,7 @@ export async function answer(body, signal, on) {
     body: JSON.stringify({
       ...body,
       stream: true,
-      stream_options: { include_usage: true },
+      stream_options: { include_usage: true, continuous_usage_stats: true },
       lnv: { progress: true },
     }),
     signal,
@@ -178,7 +194,7 @@ export async function answer(body, signal, on) {
       if (chunk.error) throw problem(Number(chunk.error.status) || 500, data, null);
       if (chunk.lnv?.stage) on.stage(chunk.lnv);
       if (chunk.lnv?.timings) end.timings = chunk.lnv.timings;
-      if (chunk.usage) end.usage = chunk.usage;
+      if (chunk.usage) on.usage((end.usage = { ...end.usage, ...chunk.usage }));
       const choice = chunk.choices?.[0];
       if (choice?.delta?.content) on.text(choice.delta.content);
       if (choice?.finish_reason) end.finish = choice.finish_reason;

@@ -31,6 +31,7 @@ pub(crate) use context::check_context;
 pub use context::context_length;
 pub use feature_store::{FeatureStore, StoreStats};
 pub use job::Prepared;
+pub use pace::Prefer;
 pub use request::{
     Completion, DEFAULT_NEW_TOKENS, EarlyStopping, Event, FinishReason, Generation,
     GenerationOptions, MAX_LOGPROBS, MAX_NEW_TOKENS, MAX_SEQUENCES, MAX_STOP_STRINGS, Sampling,

@@ -232,7 +232,8 @@ fn what_stands_before_the_last_frame_is_read_before_it_has_come() {
             {
                 break;
             }
-            RequestEvent::Progress(Event::Vision { .. } | Event::Prefill { .. }) => {}
+            RequestEvent::Started
+            | RequestEvent::Progress(Event::Vision { .. } | Event::Prefill { .. }) => {}
             other => panic!("{other:?}"),
         }
     }

@@ -13,7 +13,7 @@ use llava_next_video::config::{
 };
 use llava_next_video::engine::{
     Constraint, Constraints, Engine, EngineLimits, Event, FeatureStore, FinishReason, Generation,
-    GenerationOptions, Refused, Request, RequestEvent, Sampling, Service, ServiceLimits,
+    GenerationOptions, Prefer, Refused, Request, RequestEvent, Sampling, Service, ServiceLimits,
 };
 use llava_next_video::model::{LlavaNextVideoModel, LoadOptions};
 use llava_next_video::processor::inputs::ModelInputs;
@@ -178,13 +178,17 @@ fn answers_under_load_are_those_of_each_alone() {
         .map(|way| inputs.iter().map(|i| fixture.alone(i, way)).collect())
         .collect();
     // Plenty of room, little room, and chunks that cut pictures in two.
-    for (cache_blocks, batch, prefill_chunk) in
-        [(Some(400), 64, 2048), (Some(40), 6, 17), (None, 64, 50)]
-    {
+    let (latency, throughput) = (Prefer::Latency, Prefer::Throughput);
+    for (cache_blocks, batch, prefill_chunk, prefer) in [
+        (Some(400), 64, 2048, latency),
+        (Some(40), 6, 17, latency),
+        (None, 64, 50, throughput),
+    ] {
         let service = fixture.service(EngineLimits {
             cache_blocks,
             batch,
             prefill_chunk,
+            prefer,
             ..EngineLimits::default()
         });
         let mut asked = Vec::new();

@@ -1,6 +1,7 @@
 //! What may be typed: the command line as clap sees it, before any of it is acted upon.
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use llava_next_video::engine::Prefer;
 use std::path::PathBuf;
 
 const EXAMPLES: &str = "Examples:
@@ -321,6 +322,11 @@ pub struct ServeArgs {
     #[arg(long, value_enum, default_value_t = LogFormat::Text, hide_possible_values = true,
           value_name = "text|json", hide_default_value = true)]
     pub log_format: LogFormat,
+    /// Where videos wait to be read while answers grow: `latency` reads them so slowly that a token takes at most
+    /// about twice as long, `throughput` at full speed, so that all answers together are done sooner.
+    #[arg(long, value_enum, default_value_t = PreferArg::Latency, hide_possible_values = true,
+          value_name = "latency|throughput")]
+    pub prefer: PreferArg,
     /// Send a trace of each request to the OpenTelemetry collector at this address, such as
     /// `http://localhost:4318` [default: none].
     #[arg(long, value_name = "URL", env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
@@ -421,6 +427,24 @@ pub enum LogFormat {
     Text,
     /// One JSON object a line.
     Json,
+}
+
+/// `--prefer`.
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PreferArg {
+    /// Tokens come steadily.
+    Latency,
+    /// All answers are done soon.
+    Throughput,
+}
+
+impl From<PreferArg> for Prefer {
+    fn from(prefer: PreferArg) -> Self {
+        match prefer {
+            PreferArg::Latency => Self::Latency,
+            PreferArg::Throughput => Self::Throughput,
+        }
+    }
 }
 
 /// `lnv generate`.

@@ -236,6 +236,7 @@ fn engine(args: &ServeArgs, model: LlavaNextVideoModel, pipeline: &Pipeline) -> 
     let limits = EngineLimits {
         cache_blocks: Some((bytes / block).clamp(longest + 1, most.max(longest + 1))),
         feature_bytes: args.limits.feature_cache_mib << 20,
+        prefer: args.prefer.into(),
         ..usual
     };
     let (model, defaults) = (Arc::new(model), pipeline.generation.clone());

@@ -3,7 +3,7 @@
 //! Decision: measured, not configured. A step that only decodes tells what the readers are used to; what
 //! a prompt's token adds is measured likewise. Beside decoding, vision and prefill together may add most of
 //! a decode step's time, so that a token takes at most about twice as long however long a video waits.
-//! Where nothing decodes, they go at full size.
+//! Where nothing decodes, or nobody minds waiting for tokens, they go at full size.
 
 use std::time::Duration;
 
@@ -15,6 +15,17 @@ const SHARE: f64 = 0.65;
 const LEAST: usize = 8;
 /// Before anything is measured.
 const FIRST: Duration = Duration::from_millis(20);
+
+/// Who waits where prompts are to be read while answers grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Prefer {
+    /// Prompts: a token takes at most about twice as long, however many videos wait.
+    #[default]
+    Latency,
+    /// Answers: prompts are read at full size, with a token of each answer beside, so that more answers grow
+    /// together and all of them are done sooner.
+    Throughput,
+}
 
 /// What steps take.
 #[derive(Debug, Default)]

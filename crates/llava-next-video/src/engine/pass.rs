@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use lnv_kernels::{Buffer, KV_BLOCK};
 
 use super::job::Stage;
+use super::pace::Prefer;
 use super::request::Event;
 use super::room::content;
 use super::runner::{Engine, Sink};
@@ -108,6 +109,7 @@ impl Engine {
         let decoding = parts.len();
         let mut room = match decoding {
             0 => self.limits.prefill_chunk,
+            _ if self.limits.prefer == Prefer::Throughput => self.limits.prefill_chunk,
             _ => self.pace.tokens(vision).min(self.limits.prefill_chunk),
         };
         for (job, of) in of(Stage::Prefill) {

@@ -19,7 +19,7 @@ use super::block_manager::BlockManager;
 use super::feature_store::FeatureStore;
 use super::features::FeatureCache;
 use super::job::{Job, Prepared, Stage};
-use super::pace::Pace;
+use super::pace::{Pace, Prefer};
 use super::request::{Event, FinishReason, Generation, GenerationOptions};
 use super::service::{RequestEvent, RequestId, ServiceStats};
 use super::sight::{Seen, Sight};
@@ -49,6 +49,8 @@ pub struct EngineLimits {
     pub feature_bytes: usize,
     /// Whether requests that begin alike share keys and values, also with those that are over.
     pub prefix_caching: bool,
+    /// Who waits where prompts are to be read while answers grow.
+    pub prefer: Prefer,
 }
 
 impl Default for EngineLimits {
@@ -59,6 +61,7 @@ impl Default for EngineLimits {
             prefill_chunk: 2048,
             feature_bytes: 256 << 20,
             prefix_caching: true,
+            prefer: Prefer::default(),
         }
     }
 }
@@ -246,9 +249,10 @@ impl Engine {
             return false;
         }
         self.stats.steps += 1;
-        let decodes = self.running.iter().any(|job| job.stage == Stage::Decode);
+        let paced = self.limits.prefer == Prefer::Latency
+            && self.running.iter().any(|job| job.stage == Stage::Decode);
         let begun = Instant::now();
-        let looked = self.look(decodes, sink);
+        let looked = self.look(paced, sink);
         self.sweep(sink);
         let passed = self.pass(begun.elapsed(), sink);
         self.pick(text, sink);
@@ -281,21 +285,21 @@ impl Engine {
         }
     }
 
-    /// Looks at pictures: one pass through the tower, or beside decoding a part of one. False where there was
+    /// Looks at pictures: one pass through the tower, or where that is `paced` a part of one. False where there was
     /// nothing to look at.
-    fn look(&mut self, decodes: bool, sink: Sink<'_>) -> bool {
+    fn look(&mut self, paced: bool, sink: Sink<'_>) -> bool {
         let mut looked = false;
         let start = Instant::now();
         let allowed = self.pace.vision(self.reads_prompts());
         loop {
             self.stats.features_found += self.recognise(sink);
-            if !self.remember(decodes.then(|| start + allowed), sink) {
+            if !self.remember(paced.then(|| start + allowed), sink) {
                 break;
             }
             if self.sight.is_none() {
                 let mut prefills = (self.running.iter_mut()).filter(|j| j.stage == Stage::Prefill);
                 let begun =
-                    prefills.find_map(|job| Some((Sight::begin(&self.model, job, decodes)?, job)));
+                    prefills.find_map(|job| Some((Sight::begin(&self.model, job, paced)?, job)));
                 if let Some((sight, job)) = begun {
                     let (done, total) = job.seen;
                     let event = RequestEvent::Progress(Event::Vision { done, total });
@@ -308,7 +312,7 @@ impl Engine {
             let begun = Instant::now();
             let (job, through) = (sight.job, !sight.advance(&self.model));
             let seen = match through {
-                true => self.sight.take().map(|s| s.finish(&self.model, decodes)),
+                true => self.sight.take().map(|s| s.finish(&self.model, paced)),
                 false => None,
             };
             if let Some(job) = self.running.iter_mut().find(|of| of.id == job) {
@@ -333,7 +337,7 @@ impl Engine {
                 }
                 Some(Err(error)) => self.fail(job, error, sink),
             }
-            let enough = match decodes {
+            let enough = match paced {
                 // Rather stop early than be a layer late.
                 true => start.elapsed() + begun.elapsed() > allowed,
                 false => through,

@@ -13,7 +13,8 @@ use std::time::Instant;
 use anyhow::{Result, anyhow, bail};
 use llava_next_video::config::GenerationConfig;
 use llava_next_video::engine::{
-    Engine, EngineLimits, Event, GenerationOptions, Request, RequestEvent, Service, ServiceLimits,
+    Engine, EngineLimits, Event, GenerationOptions, Prefer, Request, RequestEvent, Service,
+    ServiceLimits,
 };
 use llava_next_video::model::LlavaNextVideoModel;
 use llava_next_video::processor::inputs::ModelInputs;
@@ -48,8 +49,8 @@ pub struct Requests {
     pub load: Load,
     /// All, one after another.
     pub one_by_one_s: f64,
-    /// All at once.
-    pub together_s: f64,
+    /// All at once, by an engine that prefers latency, and by one that prefers throughput.
+    pub together_s: [f64; 2],
     /// First token of a question about a clip nobody has seen.
     pub first_s: f64,
     /// First token of another question about it.
@@ -74,19 +75,11 @@ impl Requests {
             .map(|i| question(&clips[i % load.clips], i as u32))
             .collect();
         let one_by_one_s = one_by_one(model, &asked, load.new_tokens)?;
-        let service = service(model);
-        let start = Instant::now();
-        let answers: Vec<Asked> = asked
-            .iter()
-            .enumerate()
-            .map(|(i, inputs)| ask(&service, inputs.clone(), load.new_tokens, i as u64))
-            .collect::<Result<_>>()?;
-        for answer in &answers {
-            answer.times()?;
-        }
-        let together_s = start.elapsed().as_secs_f64();
-
-        let service = self::service(model);
+        let together_s = [
+            together(model, Prefer::Latency, &asked, load.new_tokens)?,
+            together(model, Prefer::Throughput, &asked, load.new_tokens)?,
+        ];
+        let service = service(model, Prefer::Latency);
         let first = |inputs: ModelInputs| -> Result<f64> {
             let start = Instant::now();
             let times = ask(&service, inputs, 2, 0)?.times()?;
@@ -129,10 +122,11 @@ fn options(new_tokens: usize) -> GenerationOptions {
     }
 }
 
-fn service(model: &Arc<LlavaNextVideoModel>) -> Service {
+fn service(model: &Arc<LlavaNextVideoModel>, prefer: Prefer) -> Service {
     // As a server has it: room for all from the start, which costs what is written of it.
     let limits = EngineLimits {
         cache_blocks: Some(CACHE_BLOCKS),
+        prefer,
         ..EngineLimits::default()
     };
     let engine = Engine::with_limits(Arc::clone(model), GenerationConfig::default(), limits);
@@ -155,6 +149,25 @@ fn one_by_one(
     for inputs in asked {
         let watch = &mut |_: Event| ControlFlow::Continue(());
         engine.generate(inputs, &options(new_tokens), &(), watch)?;
+    }
+    Ok(start.elapsed().as_secs_f64())
+}
+
+fn together(
+    model: &Arc<LlavaNextVideoModel>,
+    prefer: Prefer,
+    asked: &[ModelInputs],
+    new_tokens: usize,
+) -> Result<f64> {
+    let service = service(model, prefer);
+    let start = Instant::now();
+    let answers: Vec<Asked> = asked
+        .iter()
+        .enumerate()
+        .map(|(i, inputs)| ask(&service, inputs.clone(), new_tokens, i as u64))
+        .collect::<Result<_>>()?;
+    for answer in &answers {
+        answer.times()?;
     }
     Ok(start.elapsed().as_secs_f64())
 }
@@ -200,7 +213,7 @@ fn ask(service: &Service, inputs: ModelInputs, new_tokens: usize, client: u64) -
 /// The mean and the longest time between two tokens of readers; with a long clip, only of the tokens that
 /// came while it was being read.
 fn readers(model: &Arc<LlavaNextVideoModel>, long: Option<ModelInputs>) -> Result<(f64, f64)> {
-    let service = service(model);
+    let service = service(model, Prefer::Latency);
     let text = |reader: usize| ModelInputs {
         input_ids: vec![(0..200).map(|i| (i * 7 + reader as u32) % 1000).collect()],
         attention_mask: vec![vec![true; 200]],

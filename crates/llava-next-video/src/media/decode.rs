@@ -117,10 +117,10 @@ impl Decoder {
         } else {
             Discard::NonReference
         });
-        if self.inner.send_packet(packet).is_err() {
-            self.failed = true;
+        match self.inner.send_packet(packet) {
+            Ok(()) => Ok(()),
+            Err(cause) => self.note(cause, path),
         }
-        Ok(())
     }
 
     /// No more packets: the frames still inside come out.
@@ -135,18 +135,33 @@ impl Decoder {
     }
 
     /// The next frame in order of presentation, if the decoder has one ready.
-    pub(super) fn receive(&mut self) -> Option<frame::Video> {
+    pub(super) fn receive(&mut self, path: &Path) -> Result<Option<frame::Video>> {
         loop {
             let mut frame = frame::Video::empty();
             match self.inner.receive_frame(&mut frame) {
-                Ok(()) => return Some(frame),
-                Err(ffmpeg::Error::Eof) => return None,
+                Ok(()) => return Ok(Some(frame)),
+                Err(ffmpeg::Error::Eof) => return Ok(None),
                 Err(ffmpeg::Error::Other { errno }) if errno == ffmpeg::error::EAGAIN => {
-                    return None;
+                    return Ok(None);
                 }
                 // With frame threads a packet's failure shows here; the frames behind it still come.
-                Err(_) => self.failed = true,
+                Err(cause) => self.note(cause, path)?,
             }
+        }
+    }
+
+    /// A packet that cannot be decoded is damage, of which a note tells; memory that is not there says nothing
+    /// about the file, and must not look like it.
+    fn note(&mut self, cause: ffmpeg::Error, path: &Path) -> Result<()> {
+        self.failed = true;
+        match cause {
+            ffmpeg::Error::Other { errno } if errno == ffmpeg::error::ENOMEM => {
+                Err(Error::Media(format!(
+                    "cannot decode {}: it asks for more memory than there is",
+                    path.display()
+                )))
+            }
+            _ => Ok(()),
         }
     }
 }

@@ -157,7 +157,7 @@ impl Run<'_> {
         converter: &mut Converter,
         out: &mut Out<'_>,
     ) -> Result<()> {
-        while let Some(frame) = decoder.receive() {
+        while let Some(frame) = decoder.receive(self.job.path)? {
             let Some((&next, later)) = self.wanted.split_first() else {
                 continue;
             };

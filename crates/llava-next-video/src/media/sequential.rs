@@ -225,7 +225,7 @@ fn every_frame(
         if !more {
             decoder.finish();
         }
-        while let Some(frame) = decoder.receive() {
+        while let Some(frame) = decoder.receive(job.path)? {
             if !visit(counted.frames, frame)? {
                 return Ok(counted);
             }

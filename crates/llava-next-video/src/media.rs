@@ -17,6 +17,8 @@
 
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 mod bitstream;
 mod convert;
 mod decode;
@@ -39,7 +41,7 @@ pub use video::{
 };
 
 /// Height and width in pixels. Always this struct, height first; never a bare pair.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ImageSize {
     /// Rows.
     pub height: usize,

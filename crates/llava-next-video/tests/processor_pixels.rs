@@ -5,6 +5,7 @@
 use llava_next_video::media::{Image, ImageSize, Video, VideoMetadata};
 use llava_next_video::processor::image_processor::LlavaNextImageProcessor;
 use llava_next_video::processor::resize::{Arithmetic, Resample, Resizer, Span};
+use llava_next_video::processor::settings::TargetSize;
 use llava_next_video::processor::video_processor::{LlavaNextVideoVideoProcessor, sample_frames};
 use proptest::prelude::*;
 use serde_json::Value;
@@ -379,4 +380,36 @@ fn time_eight_frames_of_720p_on_one_thread() {
             "{arithmetic:?}: resize whole, one thread {resize:.1} ms; whole processor, all threads {process:.1} ms"
         );
     }
+}
+
+#[test]
+fn frames_that_were_made_smaller_beforehand_become_the_same() {
+    let mut processor = LlavaNextVideoVideoProcessor::class_default(Arithmetic::Torchvision);
+    let mut shrunk = 0;
+    for arithmetic in [Arithmetic::Torchvision, Arithmetic::Pillow] {
+        for resample in [Resample::Nearest, Resample::Bilinear, Resample::Bicubic] {
+            let shortest = TargetSize::ShortestEdge(48);
+            for size in [shortest, TargetSize::Exact(ImageSize::new(40, 60))] {
+                let settings = &mut processor.settings;
+                settings.crop_size = ImageSize::square(48);
+                (settings.arithmetic, settings.resample, settings.size) =
+                    (arithmetic, resample, size);
+                for (height, width) in [(49, 49), (97, 171), (171, 96), (48, 600), (20, 31)] {
+                    let frame = picture(7, height, width);
+                    let resizing = processor.settings.resizing().unwrap();
+                    let Some(resizer) = resizing.shrinking(frame.size).unwrap() else {
+                        continue;
+                    };
+                    let small = resizer.resize(&frame).unwrap();
+                    assert!(small.data.len() < frame.data.len());
+                    let of = |frame| processor.preprocess(&[video(vec![frame])]).unwrap();
+                    assert_eq!(of(small), of(frame), "{resizing:?} {height} x {width}");
+                    shrunk += 1;
+                }
+            }
+        }
+    }
+    assert_eq!(shrunk, 42);
+    processor.settings.do_resize = false;
+    assert_eq!(processor.settings.resizing(), None);
 }

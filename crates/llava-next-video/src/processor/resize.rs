@@ -18,6 +18,8 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, Result};
 use crate::media::{Image, ImageSize};
 
@@ -25,7 +27,7 @@ use crate::media::{Image, ImageSize};
 pub const MAX_RESIZED_PIXELS: usize = 1 << 28;
 
 /// Whose integers to reproduce.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Arithmetic {
     /// Pillow 11.3, as the slow processors use it; what Transformers 4.53.3 does to images.
     #[default]
@@ -35,7 +37,7 @@ pub enum Arithmetic {
 }
 
 /// The resampling filter, `PILImageResampling`, with its number in JSON files.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Resample {
     /// 0: the nearest pixel.
     Nearest,

@@ -8,6 +8,7 @@
 //! Normalising goes through a table of 256 floats a channel: exact, because an 8-bit pixel has only 256
 //! values, and faster than the arithmetic.
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::resize::{Arithmetic, Resample, Resizer, Span};
@@ -22,7 +23,7 @@ pub const CLIP_STD: [f64; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
 const MAX_SIDE: u64 = 1 << 15;
 
 /// The `size` setting.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TargetSize {
     /// The short side becomes this long, the long one follows: `{"shortest_edge": n}`.
     ShortestEdge(usize),
@@ -43,6 +44,32 @@ impl TargetSize {
                     ImageSize::new(short, short * w / h)
                 }
             }
+        }
+    }
+}
+
+/// How pictures are resized, before anything is cut off. Whoever keeps or sends frames can do this beforehand:
+/// resizing what has its size already changes nothing, so a processor makes of the result what it makes of the frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resizing {
+    /// What to resize to, in pixels.
+    pub size: TargetSize,
+    /// The filter.
+    pub resample: Resample,
+    /// Whose integers to reproduce.
+    pub arithmetic: Arithmetic,
+}
+
+impl Resizing {
+    /// For pictures of `size` of which it makes smaller ones; none where they would not become smaller.
+    ///
+    /// # Errors
+    /// As [`Resizer::new`].
+    pub fn shrinking(&self, size: ImageSize) -> Result<Option<Resizer>> {
+        let resized = self.size.for_picture(size);
+        match resized.area() < size.area() {
+            true => Resizer::whole(size, resized, self.resample, self.arithmetic).map(Some),
+            false => Ok(None),
         }
     }
 }
@@ -146,6 +173,15 @@ impl PixelSettings {
             }
         }
         Ok(this)
+    }
+
+    /// How pictures are resized, if they are.
+    pub fn resizing(&self) -> Option<Resizing> {
+        self.do_resize.then_some(Resizing {
+            size: self.size,
+            resample: self.resample,
+            arithmetic: self.arithmetic,
+        })
     }
 
     /// The size of every processed picture, where it does not depend on the picture.

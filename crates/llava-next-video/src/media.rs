@@ -37,7 +37,7 @@ pub use sample::sample_indices;
 pub use still::{decode_data_uri_or_base64, decode_image, load_image};
 pub use video::{
     SampledFrame, VideoSummary, decode_video, decode_video_everything, decode_video_part,
-    decode_video_watched, decode_video_with, probe_video,
+    decode_video_with, probe_video,
 };
 
 /// Height and width in pixels. Always this struct, height first; never a bare pair.
@@ -166,8 +166,7 @@ pub struct MediaLimits {
     pub video_pixels: u64,
     /// Frames that one call may sample. Default 4096.
     pub sampled_frames: usize,
-    /// Bytes of RGB that one call to `decode_video` may hold. Default 4 GiB. `decode_video_with`
-    /// holds one frame at a time and is not bound by it.
+    /// Bytes of RGB that one call may hand out. Default 4 GiB.
     pub sampled_bytes: u64,
     /// Frames that one call may decode, sampled or not. Default one million (11 hours at 25 a second).
     pub decoded_frames: u64,

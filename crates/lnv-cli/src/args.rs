@@ -43,6 +43,9 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Answer over HTTP as OpenAI's API does, with a page to try it.
     Serve(Box<ServeArgs>),
+    /// Decode one medium for `lnv serve`, which alone knows how to ask.
+    #[command(hide = true)]
+    DecodeMedia(DecodeMediaArgs),
     /// Write what the Transformers processor returns: token ids and pixels.
     #[command(allow_negative_numbers = true)]
     Process(ProcessArgs),
@@ -339,6 +342,15 @@ pub struct ServeArgs {
     pub model: ModelArgs,
 }
 
+/// `lnv decode-media`.
+#[derive(Args, Debug)]
+pub struct DecodeMediaArgs {
+    /// Most memory, in MiB, of addresses.
+    pub memory_mib: u64,
+    /// Most time of processors, in seconds.
+    pub cpu_seconds: u64,
+}
+
 /// What media `lnv serve` takes.
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Media")]
@@ -391,6 +403,9 @@ pub struct ServeLimitArgs {
     /// Memory for media that are being decoded, in MiB, all together; less than 768 also bounds the largest picture.
     #[arg(long, value_name = "MIB", default_value_t = 1024)]
     pub decode_memory_mib: usize,
+    /// Memory of one process that decodes, in MiB; there are two at a time.
+    #[arg(long, value_name = "MIB", default_value_t = 2048)]
+    pub decoder_memory_mib: usize,
     /// Memory for pictures that wait for the model, in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 1024)]
     pub pixel_memory_mib: usize,

@@ -61,6 +61,7 @@ fn run(cli: &Cli, order: Vec<pipeline::NamedMedium>) -> Result<()> {
         Command::Chat(args) => chat::run(args, order),
         Command::Generate(args) => generate::run(args),
         Command::Serve(args) => serve::run(args),
+        Command::DecodeMedia(args) => serve::media::decoder::run(args),
         Command::Process(args) => process::run(args),
         Command::Forward(args) => forward::run(args),
         Command::Bench(args) => bench::run(args),

@@ -31,7 +31,7 @@ pub fn largest_cache() -> Option<u64> {
 }
 
 /// The bytes on the line that begins with `name`.
-fn line_of(text: &str, name: &str) -> Option<u64> {
+pub fn line_of(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib << 10)

@@ -20,7 +20,7 @@ mod job;
 mod json_schema;
 mod log;
 mod logprobs;
-mod media;
+pub mod media;
 mod metrics;
 mod openapi;
 mod page;
@@ -90,6 +90,9 @@ const FETCHING: usize = 16;
 /// Bytes of one clip's frames before they are scaled.
 const MAX_DECODED: u64 = 512 << 20;
 
+/// The least memory of a process that decodes, in MiB: FFmpeg's libraries alone take half of it in addresses.
+const LEAST_DECODER_MIB: usize = 512;
+
 /// Connections that are told that there are too many, at once; more are closed without a word.
 const TURNED_AWAY: usize = 64;
 
@@ -117,8 +120,8 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     })?;
     let traces = trace::wanted(args.otlp_endpoint.as_deref())?;
     let mut settings = settings(args);
-    let media = MediaStore::new(policy(args))?;
     let pipeline = Pipeline::open(args.model.model.as_deref(), true)?;
+    let media = MediaStore::new(policy(args, &pipeline))?;
     let frames = match options.rope {
         Some(RopeOverride::Auto) => args.media.default_frames.max(ROPE_FRAMES),
         _ => 0,
@@ -189,6 +192,7 @@ fn check(args: &ServeArgs) -> Result<()> {
         ("--pixel-memory-mib", limits.pixel_memory_mib),
         ("--feature-cache-disk-mib", limits.feature_cache_disk_mib),
         ("--decode-memory-mib", limits.decode_memory_mib),
+        ("--decoder-memory-mib", limits.decoder_memory_mib),
         ("--default-frames", args.media.default_frames),
         ("--max-frames", args.media.max_frames),
         ("--max-media", args.media.max_media),
@@ -200,6 +204,12 @@ fn check(args: &ServeArgs) -> Result<()> {
     }
     if limits.request_timeout == 0 || limits.request_timeout > 1 << 24 {
         bail!("--request-timeout must be from 1 to {} seconds", 1 << 24);
+    }
+    if limits.decoder_memory_mib < LEAST_DECODER_MIB {
+        bail!(
+            "--decoder-memory-mib is {}; less than {LEAST_DECODER_MIB} is not enough to load FFmpeg and decode",
+            limits.decoder_memory_mib
+        );
     }
     if args.media.default_frames > args.media.max_frames {
         bail!(
@@ -329,14 +339,16 @@ fn answers(args: &ServeArgs, pipeline: &Pipeline) -> AnswerBounds {
     }
 }
 
-fn policy(args: &ServeArgs) -> MediaPolicy {
+fn policy(args: &ServeArgs, pipeline: &Pipeline) -> MediaPolicy {
     MediaPolicy {
         allowed_local: args.media.allow_local.clone(),
         allow_private: args.media.allow_private_addresses,
         max_bytes: (args.media.max_media_mib as u64) << 20,
         max_frames: args.media.max_frames,
+        shrinking: pipeline.processor.video_processor.settings.resizing(),
         max_decoded_bytes: MAX_DECODED,
         decode_bytes: (args.limits.decode_memory_mib as u64) << 20,
+        decoder_bytes: (args.limits.decoder_memory_mib as u64) << 20,
         cache_bytes: (args.media.media_cache_mib as u64) << 20,
         upload_bytes: (args.media.upload_cache_mib as u64) << 20,
         ..MediaPolicy::default()

@@ -81,30 +81,7 @@ pub fn decode_video_part(
     limits: &MediaLimits,
     cancel: Option<&AtomicBool>,
 ) -> Result<Video> {
-    let mut nobody = |_: &SampledFrame| ();
-    decode_video_watched(path, sampling, part, limits, cancel, &mut nobody)
-}
-
-/// As [`decode_video_part`], while `watch` sees each frame as [`decode_video_with`] hands it over.
-///
-/// # Errors
-///
-/// As [`decode_video_part`].
-pub fn decode_video_watched(
-    path: impl AsRef<Path>,
-    sampling: FrameSampling,
-    part: VideoPart,
-    limits: &MediaLimits,
-    cancel: Option<&AtomicBool>,
-    watch: &mut dyn FnMut(&SampledFrame),
-) -> Result<Video> {
-    let path = path.as_ref();
-    collect(path, limits, |sink| {
-        decode_video_with(path, sampling, part, limits, cancel, &mut |frame| {
-            watch(&frame);
-            sink(frame)
-        })
-    })
+    collect(|sink| decode_video_with(path, sampling, part, limits, cancel, sink))
 }
 
 /// As [`decode_video`], but always decodes the file from its start: slow, and the truth that the tests hold
@@ -121,7 +98,7 @@ pub fn decode_video_everything(
     limits: &MediaLimits,
 ) -> Result<Video> {
     let path = path.as_ref();
-    collect(path, limits, |sink| {
+    collect(|sink| {
         let control = Control {
             cancel: None,
             deadline: limits.deadline,
@@ -242,24 +219,13 @@ pub fn probe_video(path: impl AsRef<Path>) -> Result<VideoInfo> {
 }
 
 fn collect(
-    path: &Path,
-    limits: &MediaLimits,
     decode: impl FnOnce(&mut dyn FnMut(SampledFrame) -> Result<()>) -> Result<VideoSummary>,
 ) -> Result<Video> {
     let (mut frames, mut timestamps) = (Vec::new(), Vec::new());
-    let mut held = 0u64;
     let summary = decode(&mut |frame: SampledFrame| {
         if frame.position == 0 {
             // The file did not keep what it promised at first.
-            (held, frames, timestamps) = (0, Vec::new(), Vec::new());
-        }
-        held += frame.image.data.len() as u64;
-        if held > limits.sampled_bytes {
-            return Err(Error::Media(format!(
-                "cannot use {}: its sampled frames take more than {} MiB, the limit; sample fewer frames",
-                path.display(),
-                limits.sampled_bytes >> 20
-            )));
+            (frames, timestamps) = (Vec::new(), Vec::new());
         }
         frames.push(frame.image);
         timestamps.push(frame.timestamp);
@@ -288,37 +254,39 @@ pub(super) fn stream_turn(demuxer: &Demuxer) -> (Turn, bool) {
 /// The caller's side: counts the frames handed over and holds them to one size.
 pub(super) struct Out<'a> {
     path: &'a Path,
-    most: usize,
+    limits: &'a MediaLimits,
     sink: &'a mut dyn FnMut(SampledFrame) -> Result<()>,
     size: Option<ImageSize>,
     given: usize,
+    bytes: u64,
     wanted: Vec<usize>,
 }
 
 impl<'a> Out<'a> {
     fn new(
         path: &'a Path,
-        limits: &MediaLimits,
+        limits: &'a MediaLimits,
         sink: &'a mut dyn FnMut(SampledFrame) -> Result<()>,
     ) -> Self {
         Self {
             path,
-            most: limits.sampled_frames,
+            limits,
             sink,
             size: None,
             given: 0,
+            bytes: 0,
             wanted: Vec::new(),
         }
     }
 
     fn admit(&self, count: usize) -> Result<()> {
-        if count <= self.most {
+        let most = self.limits.sampled_frames;
+        if count <= most {
             return Ok(());
         }
         Err(Error::Input(format!(
-            "{count} frames of {} were asked for, but at most {} are taken: ask for fewer",
-            self.path.display(),
-            self.most
+            "{count} frames of {} were asked for, but at most {most} are taken: ask for fewer",
+            self.path.display()
         )))
     }
 
@@ -326,7 +294,7 @@ impl<'a> Out<'a> {
     /// same, they count; otherwise all begins again.
     pub(super) fn begin(&mut self, wanted: &[usize]) {
         if self.wanted != wanted {
-            self.given = 0;
+            (self.given, self.bytes) = (0, 0);
             self.wanted = wanted.to_vec();
         }
     }
@@ -347,6 +315,14 @@ impl<'a> Out<'a> {
                 size.height,
                 image.size.width,
                 image.size.height
+            )));
+        }
+        self.bytes += image.data.len() as u64;
+        if self.bytes > self.limits.sampled_bytes {
+            return Err(Error::Media(format!(
+                "cannot use {}: its sampled frames take more than {} MiB, the limit; sample fewer frames",
+                self.path.display(),
+                self.limits.sampled_bytes >> 20
             )));
         }
         let position = self.given;

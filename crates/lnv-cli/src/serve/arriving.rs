@@ -6,10 +6,9 @@
 //! damaged file's frames begin again, the question is asked anew with all of them.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use llava_next_video::media::SampledFrame;
+use llava_next_video::media::Image;
 use llava_next_video::processor::arriving::FrameFeed;
 use llava_next_video::processor::conversation::Conversation;
 use llava_next_video::processor::inputs::VideoInput;
@@ -37,6 +36,8 @@ pub struct Rest {
     reader: JoinHandle<Result<Option<Scaled>, Unread>>,
     param: String,
     start: Instant,
+    /// Gone with the request.
+    _asker: Arc<()>,
 }
 
 impl Rest {
@@ -61,18 +62,20 @@ pub async fn last(
 ) -> ApiResult<(Scaled, Option<Rest>)> {
     let (begun, begins) = oneshot::channel();
     let (own, file) = (Arc::clone(server), Arc::clone(file));
+    let asker = Arc::new(());
+    let asks = Arc::downgrade(&asker);
     let mut reader = tokio::task::spawn_blocking(move || {
         let _turn = turn;
         let mut watcher = Watcher {
             server: Arc::clone(&own),
             begun: Some(begun),
             feed: None,
-            settled: Arc::default(),
+            settled: false,
         };
-        let settled = Arc::clone(&watcher.settled);
-        let watch = Box::new(move |frame: &SampledFrame| watcher.see(frame));
-        let loaded = own.media.decode(&file, watch).map_err(Unread::Media)?;
-        match settled.load(Ordering::Relaxed) {
+        let watch = &mut |place, image: &Image| watcher.see(place, image);
+        let loaded = own.media.decode(&file, &asks, watch);
+        let loaded = loaded.map_err(Unread::Media)?;
+        match watcher.settled {
             true => Ok(None),
             false => scale(&own, &loaded.medium).map(Some),
         }
@@ -81,7 +84,7 @@ pub async fn last(
         biased;
         Ok(video) = begins => {
             let param = param.clone();
-            let rest = Rest { reader, param, start };
+            let rest = Rest { reader, param, start, _asker: asker };
             Ok((Scaled::Video(video), Some(rest)))
         }
         whole = &mut reader => {
@@ -103,38 +106,33 @@ struct Watcher {
     begun: Option<oneshot::Sender<VideoInput>>,
     feed: Option<(FrameFeed, FrameScaler)>,
     /// Whether nothing is owed: all frames were pushed, or nobody wants them.
-    settled: Arc<AtomicBool>,
+    settled: bool,
 }
 
 impl Watcher {
-    fn see(&mut self, frame: &SampledFrame) {
-        let settled = match self.push(frame) {
-            Ok(()) => self.feed.is_some() && frame.position + 1 == frame.of,
+    fn see(&mut self, (position, of): (usize, usize), image: &Image) {
+        self.settled = match self.push((position, of), image) {
+            Ok(()) => self.feed.is_some() && position + 1 == of,
             Err(error) => {
                 self.feed = None;
                 matches!(error, Error::Cancelled)
             }
         };
-        self.settled.store(settled, Ordering::Relaxed);
     }
 
-    fn push(&mut self, frame: &SampledFrame) -> Result<()> {
-        if frame.position == 0 {
+    fn push(&mut self, (position, of): (usize, usize), image: &Image) -> Result<()> {
+        if position == 0 {
             // Those that came before, if any, do not count; the video is told of once.
             self.feed = None;
             if let Some(begun) = self.begun.take() {
-                let scaler = self
-                    .server
-                    .pipeline
-                    .processor
-                    .frame_scaler(frame.image.size)?;
-                let (feed, video) = VideoInput::arriving(frame.of, scaler.size())?;
+                let scaler = self.server.pipeline.processor.frame_scaler(image.size)?;
+                let (feed, video) = VideoInput::arriving(of, scaler.size())?;
                 begun.send(video).map_err(|_| Error::Cancelled)?;
                 self.feed = Some((feed, scaler));
             }
         }
         match &mut self.feed {
-            Some((feed, scaler)) => feed.push(scaler.scale(&frame.image)?),
+            Some((feed, scaler)) => feed.push(scaler.scale(image)?),
             None => Ok(()),
         }
     }

@@ -5,8 +5,8 @@
 //! kilobytes. Dropping the [`Job`] cancels the question, whatever the reason.
 
 use std::ops::ControlFlow;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use llava_next_video::engine::{
@@ -21,7 +21,7 @@ use super::arriving::{self, Read};
 use super::content::Named;
 use super::error::{ApiError, ApiResult};
 use super::log::RequestLog;
-use super::media::{Fetched, MediaError, MediaErrorKind, MediaKind, Medium, Watch};
+use super::media::{Fetched, MediaError, MediaErrorKind, MediaKind, Medium};
 use super::state::Server;
 
 /// Runs what computes or waits for files away from the threads that answer; a panic there is one request's.
@@ -154,7 +154,10 @@ async fn read_all(server: &Arc<Server>, named: Vec<Named>, start: Instant) -> Ap
                 None => {
                     let (param, file) = &files[index];
                     let (own, file) = (Arc::clone(server), Arc::clone(file));
-                    let one = aside(move || read(&own, &file)).await?;
+                    // Gone with this future, that is with whoever waits for it.
+                    let asker = Arc::new(());
+                    let asks = Arc::downgrade(&asker);
+                    let one = aside(move || read(&own, &file, &asks)).await?;
                     one.map_err(|error| error.answer(param))?
                 }
             };
@@ -240,10 +243,9 @@ impl Unread {
 }
 
 /// Decodes and scales; what was decoded is gone afterwards, but for the cache's copy.
-fn read(server: &Server, file: &Fetched) -> Result<Scaled, Unread> {
-    let nobody: Watch = Box::new(|_| ());
-    let loaded = server.media.decode(file, nobody).map_err(Unread::Media)?;
-    scale(server, &loaded.medium)
+fn read(server: &Server, file: &Fetched, asker: &Weak<()>) -> Result<Scaled, Unread> {
+    let loaded = server.media.decode(file, asker, &mut |_, _| ());
+    scale(server, &loaded.map_err(Unread::Media)?.medium)
 }
 
 /// What was decoded, as the model takes it.
@@ -251,7 +253,7 @@ pub fn scale(server: &Server, medium: &Medium) -> Result<Scaled, Unread> {
     let processor = &server.pipeline.processor;
     let scaled = match medium {
         Medium::Image(image) => processor.scale_image(image).map(Scaled::Image),
-        Medium::Video(video) => processor.scale_video(video).map(Scaled::Video),
+        Medium::Video(video, _) => processor.scale_video(video).map(Scaled::Video),
     };
     scaled.map_err(Unread::Model)
 }

@@ -13,8 +13,10 @@
 mod address;
 mod blob;
 mod cache;
+mod child;
 mod data_uri;
 mod decode;
+pub mod decoder;
 mod describe;
 mod fetch;
 pub(super) mod gate;
@@ -22,18 +24,22 @@ mod local;
 mod source;
 #[cfg(test)]
 mod tests;
+mod words;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use llava_next_video::media::{FrameSampling, Image, Video, VideoPart};
+use llava_next_video::media::{FrameSampling, Image, ImageSize, Video, VideoPart};
+use llava_next_video::processor::settings::Resizing;
+use serde::{Deserialize, Serialize};
 use url::Url;
 
 use blob::{Blob, BlobWriter, Workshop};
-use cache::{Budgeted, Flights};
-use decode::{Content, DecodeKey, Job};
+use cache::{Asker, Budgeted, Flights};
+use child::{Decoders, Program};
+use decode::{Content, DecodeKey, Decodes, Job};
 use fetch::Fetcher;
 use gate::{Budget, Gate};
 use source::Source;
@@ -63,6 +69,9 @@ pub struct MediaPolicy {
     pub max_frames: usize,
     /// Bytes of the sampled frames of one video, as RGB.
     pub max_decoded_bytes: u64,
+    /// How frames of videos are made smaller, where that makes them so: then they are sent, kept and scaled once for all
+    /// questions as the model's processor would resize them first.
+    pub shrinking: Option<Resizing>,
     /// Length of a video in seconds.
     pub max_duration_s: f64,
     /// How long fetching may take, redirects and all.
@@ -77,6 +86,8 @@ pub struct MediaPolicy {
     pub max_parallel_decodes: usize,
     /// Bytes of media that are being decoded or were and are in some request's hands, all together.
     pub decode_bytes: u64,
+    /// Bytes of memory that a process that decodes may have, its code and all.
+    pub decoder_bytes: u64,
     /// Bytes of decoded media that are kept, as RGB in memory.
     pub cache_bytes: u64,
     /// Bytes of uploads that are kept, as files.
@@ -96,6 +107,7 @@ impl Default for MediaPolicy {
             max_pixels: 7680 * 4320,
             max_frames: 256,
             max_decoded_bytes: 1 << 30,
+            shrinking: None,
             max_duration_s: 4.0 * 3600.0,
             fetch_timeout: Duration::from_secs(60),
             decode_timeout: Duration::from_secs(60),
@@ -103,6 +115,7 @@ impl Default for MediaPolicy {
             max_parallel_fetches: 16,
             max_parallel_decodes: 2,
             decode_bytes: 1 << 30,
+            decoder_bytes: 2 << 30,
             cache_bytes: 512 << 20,
             upload_bytes: 4 << 30,
         }
@@ -110,7 +123,7 @@ impl Default for MediaPolicy {
 }
 
 /// Whether a source is shown to the model as one picture or as a film.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum MediaKind {
     /// One picture; of a film of pictures (GIF) the first.
     Image,
@@ -138,8 +151,8 @@ pub struct MediaSource {
 pub enum Medium {
     /// One picture.
     Image(Arc<Image>),
-    /// Sampled frames.
-    Video(Arc<Video>),
+    /// Sampled frames, and the size that they have in the file.
+    Video(Arc<Video>, ImageSize),
 }
 
 impl Medium {
@@ -148,7 +161,7 @@ impl Medium {
         let bytes = |image: &Image| image.data.len() as u64;
         match self {
             Self::Image(image) => bytes(image),
-            Self::Video(video) => video.frames.iter().map(bytes).sum(),
+            Self::Video(video, _) => video.frames.iter().map(bytes).sum(),
         }
     }
 }
@@ -188,7 +201,7 @@ pub struct MediaError {
 }
 
 /// The kinds of [`MediaError`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MediaErrorKind {
     /// Not allowed here.
     Refused,
@@ -269,8 +282,7 @@ pub struct MediaStore {
     policy: MediaPolicy,
     workshop: Workshop,
     fetcher: Fetcher,
-    decodes: Arc<Gate>,
-    memory: Arc<Budget>,
+    decodes: Decodes,
     fetching: Flights<String, Arc<Blob>>,
     decoding: Flights<DecodeKey, Loaded>,
     decoded: Mutex<Budgeted<DecodeKey, Medium>>,
@@ -289,16 +301,28 @@ impl MediaStore {
         Self::with_guard(policy, guard)
     }
 
-    fn with_guard(mut policy: MediaPolicy, guard: fetch::Guard) -> anyhow::Result<Self> {
+    fn with_guard(policy: MediaPolicy, guard: fetch::Guard) -> anyhow::Result<Self> {
+        let decoder = Program::own(&policy)?;
+        Self::with(policy, guard, decoder)
+    }
+
+    fn with(
+        mut policy: MediaPolicy,
+        guard: fetch::Guard,
+        decoder: Program,
+    ) -> anyhow::Result<Self> {
         // No single one may need more than there is for all.
         let most = policy.decode_bytes;
         policy.max_decoded_bytes = policy.max_decoded_bytes.min(most);
-        policy.max_pixels = policy.max_pixels.min(most / 2 / decode::PIXEL_BYTES);
+        policy.max_pixels = policy.max_pixels.min(most / 2 / decoder::PIXEL_BYTES);
         Ok(Self {
             workshop: Workshop::new()?,
             fetcher: Fetcher::new(&policy, guard),
-            decodes: Gate::new(policy.max_parallel_decodes),
-            memory: Budget::new(policy.decode_bytes),
+            decodes: Decodes {
+                gate: Gate::new(policy.max_parallel_decodes),
+                memory: Budget::new(policy.decode_bytes),
+                decoders: Arc::new(Decoders::new(decoder, policy.max_parallel_decodes)?),
+            },
             fetching: Flights::default(),
             decoding: Flights::default(),
             decoded: Mutex::new(Budgeted::new(policy.cache_bytes)),
@@ -312,8 +336,10 @@ impl MediaStore {
     /// The pictures of `source`, without the room that they take.
     #[cfg(test)]
     pub fn load(&self, source: &MediaSource) -> Result<Medium, MediaError> {
-        let nobody: Watch = Box::new(|_| ());
-        Ok(self.decode(&self.fetch(source)?, nobody)?.medium)
+        let asker = Arc::new(());
+        let fetched = self.fetch(source)?;
+        let asker = Arc::downgrade(&asker);
+        Ok(self.decode(&fetched, &asker, &mut |_, _| ())?.medium)
     }
 
     /// The bytes of `source`, on disk. Blocks, at most for the sum of the policy's times.
@@ -335,13 +361,19 @@ impl MediaStore {
         })
     }
 
-    /// The pictures of what was fetched. Blocks, at most for the sum of the policy's times. Whoever holds decoded
-    /// media must not wait here for more: others wait for theirs. `watch` sees frames on their way where they are
-    /// decoded for this call, and none where they were decoded before or are for another.
+    /// The pictures of what was fetched, for `asker`: the decoder is stopped once all who asked for the same are gone.
+    /// Blocks, at most for the sum of the policy's times. Whoever holds decoded media must not wait here for more:
+    /// others wait for theirs. `watch` sees frames on their way where they are decoded for this call, and none where
+    /// they were decoded before or are for another.
     ///
     /// # Errors
     /// See [`MediaErrorKind`].
-    pub fn decode(&self, fetched: &Fetched, watch: Watch) -> Result<Loaded, MediaError> {
+    pub fn decode(
+        &self,
+        fetched: &Fetched,
+        asker: &Asker,
+        watch: Watch<'_>,
+    ) -> Result<Loaded, MediaError> {
         let (policy, source) = (&self.policy, &fetched.source);
         let key = &fetched.key;
         if let Some(found) = self.found(key, &source.url)? {
@@ -349,7 +381,7 @@ impl MediaStore {
         }
         let patience = policy.wait_timeout * 2 + policy.decode_timeout;
         self.decoding
-            .run(key.clone(), Instant::now() + patience, || {
+            .run(key.clone(), Instant::now() + patience, asker, |abandoned| {
                 // Whoever flew before may have landed between the look and the start.
                 if let Some(found) = self.found(key, &source.url)? {
                     return Ok(found);
@@ -365,7 +397,7 @@ impl MediaStore {
                         end: source.end,
                     },
                 };
-                let loaded = decode::decode(job, watch, policy, &self.decodes, &self.memory)?;
+                let loaded = self.decodes.decode(&job, policy, abandoned, watch)?;
                 let medium = loaded.medium.clone();
                 let bytes = medium.bytes();
                 held(&self.decoded).insert(key.clone(), medium, bytes);
@@ -379,7 +411,7 @@ impl MediaStore {
             return Ok(None);
         };
         self.hits.fetch_add(1, Ordering::Relaxed);
-        let room = decode::take(&self.memory, medium.bytes(), &self.policy, name)?;
+        let room = decode::take(&self.decodes.memory, medium.bytes(), &self.policy, name)?;
         Ok(Some(Loaded::new(medium, room)))
     }
 
@@ -463,9 +495,9 @@ impl MediaStore {
     ///
     /// # Errors
     /// As [`MediaStore::fetch`] and [`MediaStore::decode`].
-    pub fn describe(&self, source: &MediaSource) -> Result<Described, MediaError> {
-        let nobody: Watch = Box::new(|_| ());
-        describe::describe(&self.decode(&self.fetch(source)?, nobody)?.medium)
+    pub fn describe(&self, source: &MediaSource, asker: &Asker) -> Result<Described, MediaError> {
+        let loaded = self.decode(&self.fetch(source)?, asker, &mut |_, _| ())?;
+        describe::describe(&loaded.medium)
     }
 
     /// What there is now and what was done.
@@ -475,8 +507,8 @@ impl MediaStore {
             hits: self.hits.load(Ordering::Relaxed),
             misses: self.misses.load(Ordering::Relaxed),
             upload_bytes: held(&self.uploads).bytes(),
-            decoding: self.decodes.taken(),
-            decode_bytes: self.memory.taken(),
+            decoding: self.decodes.gate.taken(),
+            decode_bytes: self.decodes.memory.taken(),
             fetching: self.fetcher.running(),
         }
     }
@@ -523,7 +555,10 @@ impl MediaStore {
     fn fetch_web(&self, name: &str, url: Url) -> Result<Arc<Blob>, MediaError> {
         let policy = &self.policy;
         let deadline = Instant::now() + policy.wait_timeout + policy.fetch_timeout;
-        self.fetching.run(url.to_string(), deadline, || {
+        // What was begun to be fetched is fetched: it may be kept from there on.
+        let asker = Arc::new(());
+        let asker = Arc::downgrade(&asker);
+        self.fetching.run(url.to_string(), deadline, &asker, |_| {
             let out = self.workshop.begin(name, policy.max_bytes)?;
             Ok(Arc::new(self.fetcher.fetch(name, url, out)?))
         })

@@ -144,13 +144,15 @@ async fn shown(
     let bounds = server.settings.media;
     let own = id.clone();
     let turn = take(&server.gates.preparing, 1).await?;
+    let asker = Arc::new(());
+    let asks = Arc::downgrade(&asker);
     let described = aside(move || {
         let kind = match kind {
             Some(kind) => kind,
             None => store.kind_of(&own)?,
         };
         let source = wish.source(kind, &own, &bounds);
-        Ok((kind, store.describe(&source)?))
+        Ok((kind, store.describe(&source, &asks)?))
     });
     let (kind, described) = described.await?.map_err(|e| refusal(e, place, true))?;
     drop(turn);

@@ -1,5 +1,8 @@
 //! The server as clients use it: the built binary with the built-in model, on a free port of loopback.
 
+#[cfg(target_os = "linux")]
+mod decoders;
+
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};

@@ -13,7 +13,7 @@ use crate::support::{golden, lnv};
 
 /// A server that ends with the test.
 pub struct Served {
-    child: Child,
+    pub child: Child,
     pub url: String,
     /// What it said on stderr, in the end.
     err: Option<std::thread::JoinHandle<String>>,

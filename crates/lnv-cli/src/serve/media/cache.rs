@@ -2,11 +2,11 @@
 //!
 //! Decision: the least recently used goes first; a value larger than the whole budget is not kept at all, rather than
 //! pushing everything else out. Work that fails is not remembered: those that wait for it at that moment hear of the
-//! failure, the next one tries again.
+//! failure, the next one tries again. Work that everybody who waited for has left is told so, and nobody joins it then.
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::Instant;
 
 use super::{MediaError, MediaErrorKind, held};
@@ -77,7 +77,12 @@ impl<K: Eq + Hash + Clone, V: Clone> Budgeted<K, V> {
 /// Work on its way, by its key.
 pub(super) struct Flights<K, V>(Mutex<HashMap<K, Arc<Flight<V>>>>);
 
+/// Whoever wants something; gone when the other side drops it.
+pub(super) type Asker = Weak<()>;
+
 struct Flight<V> {
+    /// Those who want it.
+    askers: Mutex<Vec<Asker>>,
     landed: Mutex<Option<Result<V, MediaError>>>,
     news: Condvar,
 }
@@ -89,19 +94,25 @@ impl<K, V> Default for Flights<K, V> {
 }
 
 impl<K: Eq + Hash + Clone, V: Clone> Flights<K, V> {
-    /// Does `work`, or waits until `deadline` for the one who does it already.
+    /// Does `work`, or waits until `deadline` for the one who does it already. The work can ask whether it was
+    /// abandoned: whether all who came for it are gone.
     pub(super) fn run(
         &self,
         key: K,
         deadline: Instant,
-        work: impl FnOnce() -> Result<V, MediaError>,
+        asker: &Asker,
+        work: impl FnOnce(&dyn Fn() -> bool) -> Result<V, MediaError>,
     ) -> Result<V, MediaError> {
         let (flight, leads) = {
             let mut flights = held(&self.0);
             match flights.get(&key) {
-                Some(flight) => (Arc::clone(flight), false),
+                Some(flight) => {
+                    held(&flight.askers).push(Weak::clone(asker));
+                    (Arc::clone(flight), false)
+                }
                 None => {
                     let flight = Arc::new(Flight {
+                        askers: Mutex::new(vec![Weak::clone(asker)]),
                         landed: Mutex::new(None),
                         news: Condvar::new(),
                     });
@@ -119,7 +130,7 @@ impl<K: Eq + Hash + Clone, V: Clone> Flights<K, V> {
             flight,
             result: None,
         };
-        let result = work();
+        let result = work(&|| landing.is_abandoned());
         landing.result = Some(result.clone());
         result
     }
@@ -150,9 +161,30 @@ struct Landing<'a, K: Eq + Hash, V> {
     result: Option<Result<V, MediaError>>,
 }
 
+impl<K: Eq + Hash, V> Landing<'_, K, V> {
+    /// Whether everybody is gone; if so, whoever comes next begins anew.
+    fn is_abandoned(&self) -> bool {
+        let mut flights = held(&self.flights.0);
+        let is_gone = |asker: &Asker| asker.strong_count() == 0;
+        let abandoned = held(&self.flight.askers).iter().all(is_gone);
+        if abandoned {
+            self.leave(&mut flights);
+        }
+        abandoned
+    }
+
+    /// Takes this flight, and no other, off the board.
+    fn leave(&self, flights: &mut HashMap<K, Arc<Flight<V>>>) {
+        let is_own = |flight: &Arc<Flight<V>>| Arc::ptr_eq(flight, &self.flight);
+        if flights.get(&self.key).is_some_and(is_own) {
+            flights.remove(&self.key);
+        }
+    }
+}
+
 impl<K: Eq + Hash, V> Drop for Landing<'_, K, V> {
     fn drop(&mut self) {
-        held(&self.flights.0).remove(&self.key);
+        self.leave(&mut held(&self.flights.0));
         let result = self.result.take().unwrap_or_else(|| {
             let message = "reading the source ended unexpectedly: try again";
             Err(MediaError::new(MediaErrorKind::Busy, message.into()))
@@ -199,9 +231,10 @@ mod tests {
         let flights = Flights::<&str, usize>::default();
         let (done, start) = (AtomicUsize::new(0), Barrier::new(8));
         let late = Instant::now() + Duration::from_secs(20);
+        let asker = Arc::new(());
         let fly = |fails: bool| {
             start.wait();
-            flights.run("key", late, || {
+            flights.run("key", late, &Arc::downgrade(&asker), |_| {
                 std::thread::sleep(Duration::from_millis(200));
                 let count = done.fetch_add(1, Ordering::SeqCst);
                 match fails {
@@ -232,17 +265,47 @@ mod tests {
         let (own, inside) = (Arc::clone(&flights), Arc::new(Barrier::new(2)));
         let at = Arc::clone(&inside);
         let panics = std::thread::spawn(move || {
-            own.run(0, late, || {
+            own.run(0, late, &Weak::new(), |_| {
                 at.wait();
                 std::thread::sleep(Duration::from_millis(50));
                 panic!("on purpose")
             })
         });
         inside.wait();
-        let error = flights.run(0, late, || Ok(())).unwrap_err();
+        let error = flights.run(0, late, &Weak::new(), |_| Ok(())).unwrap_err();
         assert_eq!(error.kind, MediaErrorKind::Busy);
         assert!(panics.join().is_err());
         let soon = Instant::now();
-        assert!(flights.run(0, soon, || Ok(())).is_ok());
+        assert!(flights.run(0, soon, &Weak::new(), |_| Ok(())).is_ok());
+    }
+
+    #[test]
+    fn what_nobody_waits_for_any_more_is_told_so_and_begun_anew() {
+        let flights = Flights::<u8, usize>::default();
+        let late = Instant::now() + Duration::from_secs(20);
+        let (first, second) = (Arc::new(()), Arc::new(()));
+        let again = Arc::new(());
+        let askers = [&first, &second, &again].map(Arc::downgrade);
+        let [of_first, of_second, of_again] = &askers;
+        let flights = &flights;
+        std::thread::scope(|scope| {
+            let result = flights.run(0, late, of_first, |abandoned| {
+                assert!(!abandoned());
+                scope.spawn(move || flights.run(0, late, of_second, |_| Ok(9)));
+                while held(&held(&flights.0)[&0].askers).len() < 2 {
+                    std::thread::yield_now();
+                }
+                drop(first);
+                // One is left.
+                assert!(!abandoned());
+                drop(second);
+                assert!(abandoned());
+                let other = flights.run(0, late, of_again, |_| Ok(2));
+                assert_eq!(other, Ok(2));
+                Ok(1)
+            });
+            assert_eq!(result, Ok(1));
+        });
+        assert!(held(&flights.0).is_empty());
     }
 }

@@ -1,33 +1,22 @@
-//! Files to pictures, on a thread that may be given up.
+//! Files to pictures, in turn and within a budget.
 //!
-//! Decision: decoding happens in C libraries that cannot be interrupted between two packets, so it runs on a thread of
-//! its own that keeps one of a few places until it really ends; the caller waits no longer than the limit. The
-//! library's own deadline and cancel flag end nearly all of them soon after. What one decode may take
-//! in memory is bounded by pixels and by the bytes of its samples; what all may take together by one budget, of which
+//! Decision: decoding happens in C libraries that may hang, crash or ask for any memory, so each medium has a process of
+//! its own (`child`) and one of a few places; the place is free once the process is gone. What one decode may hold in
+//! this process is bounded by pixels and by the bytes of its samples; what all may hold together by one budget, of which
 //! a decode takes what it may need at worst before it begins, and keeps what its pictures have until nobody has them.
+//! What it may hold in its own process has a ceiling there.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use llava_next_video::Error;
-use llava_next_video::media::{
-    FrameSampling, Image, MediaLimits, SampledFrame, Video, VideoMetadata, VideoPart, decode_image,
-    decode_video_watched, sample_indices,
-};
+use llava_next_video::media::{FrameSampling, Image, VideoPart};
 use sha2::{Digest, Sha256};
 
 use super::blob::Blob;
-use super::gate::{Budget, Gate, Room};
+use super::child::{Decoders, Talk};
+use super::gate::{Budget, Gate, Place, Room};
+use super::words::{Most, Task, sampling_code};
 use super::{MediaError, MediaErrorKind, MediaKind, MediaPolicy, MediaSource, Medium};
-
-/// How much longer than its deadline a decode is waited for, so that its own words are heard.
-const GRACE: Duration = Duration::from_millis(500);
-
-/// Bytes that decoding a picture takes for each pixel at most: 16 bits of RGBA beside the result and a turned copy, or
-/// a progressive JPEG's coefficients beside its planes and the result.
-pub(super) const PIXEL_BYTES: u64 = 12;
 
 /// Pictures and the room that they take.
 #[derive(Clone)]
@@ -91,12 +80,9 @@ impl DecodeKey {
             digest: content.digest(),
             is_list: matches!(content, Content::Frames(_)),
             kind: source.kind,
-            sampling: match source.sampling {
-                _ if !video => (0, 0),
-                FrameSampling::Default(n) => (1, n as u64),
-                FrameSampling::NumFrames(n) => (2, n as u64),
-                FrameSampling::Fps(fps) => (3, fps.to_bits()),
-                FrameSampling::All => (4, 0),
+            sampling: match video {
+                true => sampling_code(source.sampling),
+                false => (0, 0),
             },
             part: [bits(source.start), bits(source.end)],
         }
@@ -104,8 +90,8 @@ impl DecodeKey {
 }
 
 /// Sees each frame of a video as it is decoded, in order; from position 0 again where the file turns out to be
-/// damaged. It runs on the decoder's thread.
-pub type Watch = Box<dyn FnMut(&SampledFrame) + Send>;
+/// damaged: which of how many it is, and the picture.
+pub type Watch<'a> = &'a mut dyn FnMut((usize, usize), &Image);
 
 /// One decode.
 pub(super) struct Job {
@@ -117,56 +103,68 @@ pub(super) struct Job {
     pub(super) part: VideoPart,
 }
 
-/// Decodes once there is a place.
-pub(super) fn decode(
-    job: Job,
-    mut watch: Watch,
-    policy: &MediaPolicy,
-    gate: &Arc<Gate>,
-    budget: &Arc<Budget>,
-) -> Result<Loaded, MediaError> {
-    let name = job.name.clone();
-    let place = gate
-        .enter(Instant::now() + policy.wait_timeout)
-        .ok_or_else(|| {
-            let message =
-                format!("too many sources are being decoded to begin with {name}: try again later");
-            MediaError::new(MediaErrorKind::Busy, message)
-        })?;
-    let mut room = take(budget, job.worst(policy), policy, &name)?;
-    let deadline = Instant::now() + policy.decode_timeout;
-    let limits = limits(policy, deadline);
-    let cancel = Arc::new(AtomicBool::new(false));
-    let stop = Arc::clone(&cancel);
-    let (sender, receiver) = mpsc::sync_channel(1);
-    let started = std::thread::Builder::new()
-        .name("decode".into())
-        .spawn(move || {
-            let result = job.run(&limits, &stop, &mut watch).map(|medium| {
-                room.shrink(medium.bytes());
-                Loaded::new(medium, room)
-            });
-            // Whoever hears the result may count on the file and the place being free.
-            drop(job);
-            drop(place);
-            // Nobody may be waiting any more.
-            let _ = sender.send(result);
-        });
-    if started.is_err() {
-        let message = format!("there is no room to decode {name} at the moment: try again later");
-        return Err(MediaError::new(MediaErrorKind::Busy, message));
+/// What decodes share.
+pub(super) struct Decodes {
+    pub(super) gate: Arc<Gate>,
+    pub(super) memory: Arc<Budget>,
+    pub(super) decoders: Arc<Decoders>,
+}
+
+impl Decodes {
+    /// Decodes once there is a place, unless it turns out to be `abandoned`.
+    pub(super) fn decode(
+        &self,
+        job: &Job,
+        policy: &MediaPolicy,
+        abandoned: &dyn Fn() -> bool,
+        watch: Watch<'_>,
+    ) -> Result<Loaded, MediaError> {
+        let name = &job.name;
+        let place = self
+            .gate
+            .enter(Instant::now() + policy.wait_timeout)
+            .ok_or_else(|| {
+                let message = format!(
+                    "too many sources are being decoded to begin with {name}: try again later"
+                );
+                MediaError::new(MediaErrorKind::Busy, message)
+            })?;
+        let (task, pictures) = job.task(policy);
+        let mut talk = self.decoders.begin(&task, policy, abandoned)?;
+        let loaded = self.hear(&mut talk, pictures, job, policy, watch);
+        self.end(talk, place);
+        loaded
     }
-    match receiver.recv_timeout(policy.decode_timeout + GRACE) {
-        Ok(Err(_)) if Instant::now() >= deadline => Err(too_slow(&name)),
-        Ok(result) => result,
-        Err(RecvTimeoutError::Timeout) => {
-            cancel.store(true, Ordering::Relaxed);
-            Err(too_slow(&name))
-        }
-        Err(RecvTimeoutError::Disconnected) => {
-            let message = format!("{name} cannot be decoded: it is damaged in an unexpected way");
-            Err(MediaError::new(MediaErrorKind::Invalid, message))
-        }
+
+    fn hear(
+        &self,
+        talk: &mut Talk<'_>,
+        pictures: &[Vec<u8>],
+        job: &Job,
+        policy: &MediaPolicy,
+        watch: Watch<'_>,
+    ) -> Result<Loaded, MediaError> {
+        let needs = talk.needs(pictures)?;
+        let mut room = take(&self.memory, needs, policy, &job.name)?;
+        let medium = talk.answer(room.bytes(), watch)?;
+        room.shrink(medium.bytes());
+        Ok(Loaded::new(medium, room))
+    }
+
+    /// Ends the process, gives its place back once it is gone, and starts the next one: whoever has the answer does
+    /// not wait for that.
+    fn end(&self, talk: Talk<'_>, place: Place) {
+        let (process, decoders) = (talk.over(), Arc::clone(&self.decoders));
+        let end = move || {
+            drop(process);
+            // Loading takes processors: not from the decode before. What fails now is tried again when it is needed.
+            let _ = decoders.refill();
+            drop(place);
+        };
+        // Without a thread it ends here, and the next one is started when it is needed.
+        let _ = std::thread::Builder::new()
+            .name("lnv-decoder-end".into())
+            .spawn(end);
     }
 }
 
@@ -186,173 +184,30 @@ pub(super) fn take(
     })
 }
 
-fn too_slow(name: &str) -> MediaError {
-    let message = format!("decoding {name} takes too long: use a shorter or smaller file");
-    MediaError::new(MediaErrorKind::Timeout, message)
-}
-
-fn limits(policy: &MediaPolicy, deadline: Instant) -> MediaLimits {
-    let duration = Duration::try_from_secs_f64(policy.max_duration_s);
-    MediaLimits {
-        still_bytes: policy.max_bytes.min(policy.decode_bytes / 2),
-        still_pixels: policy.max_pixels,
-        video_pixels: policy.max_pixels,
-        sampled_frames: policy.max_frames,
-        sampled_bytes: policy.max_decoded_bytes,
-        duration: duration.ok(),
-        deadline: Some(deadline),
-        ..MediaLimits::default()
-    }
-}
-
 impl Job {
-    /// Bytes that this may take at worst.
-    fn worst(&self, policy: &MediaPolicy) -> u64 {
-        match (&self.content, self.kind) {
-            (Content::File(blob), MediaKind::Image) => {
-                // Only the first bytes are read; what they say is checked again while decoding.
-                let told = image::ImageReader::open(blob.path())
-                    .and_then(image::ImageReader::with_guessed_format)
-                    .ok()
-                    .and_then(|reader| reader.into_dimensions().ok());
-                let pixels = told.map(|(width, height)| u64::from(width) * u64::from(height));
-                let pixels = pixels.unwrap_or(u64::MAX).min(policy.max_pixels);
-                pixels * PIXEL_BYTES + blob.bytes
-            }
-            _ => {
-                let frames = match self.sampling {
-                    FrameSampling::Default(n) | FrameSampling::NumFrames(n) => n,
-                    FrameSampling::Fps(_) | FrameSampling::All => policy.max_frames,
-                };
-                let frames = frames.min(policy.max_frames) as u64;
-                let bytes = frames.saturating_mul(policy.max_pixels * 3);
-                bytes.min(policy.max_decoded_bytes)
-            }
-        }
-    }
-
-    fn run(
-        &self,
-        limits: &MediaLimits,
-        cancel: &AtomicBool,
-        watch: &mut Watch,
-    ) -> Result<Medium, MediaError> {
-        match (&self.content, self.kind) {
-            (Content::File(blob), MediaKind::Image) => {
-                let bytes = std::fs::read(blob.path()).map_err(|_| self.lost())?;
-                let image = self.image(&bytes, limits)?;
-                Ok(Medium::Image(Arc::new(image)))
-            }
-            (Content::File(blob), MediaKind::Video) => {
-                let path = blob.path();
-                let (sampling, part) = (self.sampling, self.part);
-                let video = decode_video_watched(path, sampling, part, limits, Some(cancel), watch);
-                let mut video = video.map_err(|cause| self.plain(&cause))?;
-                let file = path.display().to_string();
-                for note in &mut video.notes {
-                    *note = note.replace(&file, &self.name);
-                }
-                Ok(Medium::Video(Arc::new(video)))
-            }
-            (Content::Frames(frames), _) => {
-                let video = self.video_of(frames, limits, cancel)?;
-                Ok(Medium::Video(Arc::new(video)))
-            }
-        }
-    }
-
-    fn image(&self, bytes: &[u8], limits: &MediaLimits) -> Result<Image, MediaError> {
-        decode_image(bytes, &self.name, limits).map_err(|cause| self.plain(&cause))
-    }
-
-    /// A video given as pictures, one a second as vLLM counts them.
-    fn video_of(
-        &self,
-        frames: &[Vec<u8>],
-        limits: &MediaLimits,
-        cancel: &AtomicBool,
-    ) -> Result<Video, MediaError> {
-        let indices = sample_indices(frames.len(), 1.0, self.sampling);
-        let indices = indices.map_err(|cause| self.plain(&cause))?;
-        if indices.len() > limits.sampled_frames {
-            return Err(self.error(
-                MediaErrorKind::TooLarge,
-                format!(
-                    "{} has more than {} frames, the limit: send fewer",
-                    self.name, limits.sampled_frames
-                ),
-            ));
-        }
-        let mut images: Vec<Image> = Vec::new();
-        let mut bytes = 0;
-        for index in &indices {
-            let late = limits.deadline.is_some_and(|end| Instant::now() >= end);
-            if late || cancel.load(Ordering::Relaxed) {
-                return Err(too_slow(&self.name));
-            }
-            let image = self.image(&frames[*index], limits)?;
-            bytes += image.data.len() as u64;
-            if bytes > limits.sampled_bytes {
-                return Err(self.error(
-                    MediaErrorKind::TooLarge,
-                    format!(
-                        "the frames of {} take more than {} bytes, the limit: send fewer",
-                        self.name, limits.sampled_bytes
-                    ),
-                ));
-            }
-            if images.first().is_some_and(|first| first.size != image.size) {
-                return Err(self.error(
-                    MediaErrorKind::Invalid,
-                    format!("the frames of {} are not of one size", self.name),
-                ));
-            }
-            images.push(image);
-        }
-        Ok(Video {
-            timestamps: indices.iter().map(|index| *index as f64).collect(),
-            frames_indices: indices,
-            frames: images,
-            metadata: VideoMetadata {
-                total_num_frames: frames.len(),
-                fps: 1.0,
-                duration: frames.len() as f64,
-            },
-            notes: Vec::new(),
-        })
-    }
-
-    fn error(&self, kind: MediaErrorKind, message: String) -> MediaError {
-        MediaError::new(kind, message)
-    }
-
-    fn lost(&self) -> MediaError {
-        let message = format!("{} is no longer stored: send it again", self.name);
-        MediaError::new(MediaErrorKind::Busy, message)
-    }
-
-    /// The library's error in the client's words: it names our file, which the client has never heard of.
-    fn plain(&self, cause: &Error) -> MediaError {
-        let mut message = cause.to_string();
-        if let Content::File(blob) = &self.content {
-            message = message.replace(&blob.path().display().to_string(), &self.name);
-        }
-        let mut error = match cause {
-            Error::Cancelled => return too_slow(&self.name),
-            Error::Io(_) => return self.lost(),
-            // Every limit of the library calls itself one.
-            Error::Media(_) if message.contains("the limit") => {
-                MediaError::new(MediaErrorKind::TooLarge, message)
-            }
-            _ => MediaError::new(MediaErrorKind::Invalid, message),
+    /// What a decoder is told, and the pictures that it gets besides.
+    fn task(&self, policy: &MediaPolicy) -> (Task, &[Vec<u8>]) {
+        let (file, pictures) = match &self.content {
+            Content::File(blob) => (Some(blob.path().to_owned()), &[][..]),
+            Content::Frames(frames) => (None, &frames[..]),
         };
-        if matches!(cause, Error::Input(_)) {
-            error.param = match self.sampling {
-                _ if error.message.contains("the part of the video") => "start",
-                FrameSampling::Fps(_) => "fps",
-                _ => "num_frames",
-            };
-        }
-        error
+        let task = Task {
+            name: self.name.clone(),
+            kind: self.kind,
+            file,
+            pictures: pictures.iter().map(Vec::len).collect(),
+            sampling: sampling_code(self.sampling),
+            part: [self.part.start, self.part.end].map(|time| time.map(f64::to_bits)),
+            shrinking: policy.shrinking,
+            most: Most {
+                file_bytes: policy.max_bytes.min(policy.decode_bytes / 2),
+                pixels: policy.max_pixels,
+                frames: policy.max_frames,
+                bytes: policy.max_decoded_bytes,
+                duration: Duration::try_from_secs_f64(policy.max_duration_s).ok(),
+                time: policy.decode_timeout,
+            },
+        };
+        (task, pictures)
     }
 }

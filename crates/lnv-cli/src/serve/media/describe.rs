@@ -60,14 +60,13 @@ pub(super) fn describe(medium: &Medium) -> Result<Described, MediaError> {
             frames: vec![frame(0, 0.0, image)?],
             notes: Vec::new(),
         }),
-        Medium::Video(video) => {
-            let size = video.frames.first().map(|first| first.size);
+        Medium::Video(video, size) => {
             let places = video.frames_indices.iter().zip(&video.timestamps);
             let frames = video.frames.iter().zip(places);
             Ok(Described {
                 kind: MediaKind::Video,
-                width: size.map_or(0, |size| size.width),
-                height: size.map_or(0, |size| size.height),
+                width: size.width,
+                height: size.height,
                 duration_s: Some(video.metadata.duration),
                 total_frames: Some(video.metadata.total_num_frames),
                 fps: Some(video.metadata.fps),

@@ -121,6 +121,11 @@ impl Budget {
 }
 
 impl Room {
+    /// How much it is.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     /// Gives back what is more than `bytes`.
     pub(super) fn shrink(&mut self, bytes: u64) {
         let more = self.bytes.saturating_sub(bytes);

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod files;
+mod hostile;
 mod web;
 
 use std::io::{Read, Write};
@@ -120,6 +121,27 @@ pub(super) fn store(policy: MediaPolicy) -> MediaStore {
     MediaStore::new(policy).unwrap()
 }
 
+/// Decodes for somebody who waits.
+pub(super) fn decode(store: &MediaStore, fetched: &Fetched) -> Result<Loaded, MediaError> {
+    let asker = Arc::new(());
+    store.decode(fetched, &Arc::downgrade(&asker), &mut |_, _| ())
+}
+
+/// Describes for somebody who waits.
+pub(super) fn describe(store: &MediaStore, source: &MediaSource) -> Result<Described, MediaError> {
+    let asker = Arc::new(());
+    store.describe(source, &Arc::downgrade(&asker))
+}
+
+/// Waits until `done`.
+pub(super) fn wait_for(what: &str, done: impl Fn() -> bool) {
+    let late = Instant::now() + Duration::from_secs(20);
+    while !done() {
+        assert!(Instant::now() < late, "{what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// Files that the store holds.
 pub(super) fn files(store: &MediaStore) -> usize {
     store.workshop.files()
@@ -145,7 +167,7 @@ fn an_upload_is_kept_described_and_pushed_out() {
         (clip.len() + picture.len()) as u64
     );
 
-    let described = store.describe(&video(id.as_str())).unwrap();
+    let described = describe(&store, &video(id.as_str())).unwrap();
     let whole = llava_next_video::media::probe_video(testdata_path("media/h264.mp4")).unwrap();
     assert_eq!(
         (described.width, described.height),
@@ -232,7 +254,7 @@ fn what_was_decoded_is_kept_under_the_budget() {
     assert_eq!(frame, FRAME);
     let first = store.load(&source(4)).unwrap();
     let again = store.load(&source(4)).unwrap();
-    let (Medium::Video(first), Medium::Video(again)) = (first, again) else {
+    let (Medium::Video(first, _), Medium::Video(again, _)) = (first, again) else {
         panic!("not videos");
     };
     assert!(Arc::ptr_eq(&first, &again));
@@ -256,7 +278,7 @@ fn a_part_of_a_clip() {
         sampling: FrameSampling::All,
         ..video(id.as_str())
     };
-    let Medium::Video(all) = store.load(&whole).unwrap() else {
+    let Medium::Video(all, _) = store.load(&whole).unwrap() else {
         panic!("not a video");
     };
     let (from, to) = (all.timestamps[3], all.timestamps[7]);
@@ -265,7 +287,7 @@ fn a_part_of_a_clip() {
         end: Some(to),
         ..whole.clone()
     };
-    let Medium::Video(some) = store.load(&part).unwrap() else {
+    let Medium::Video(some, _) = store.load(&part).unwrap() else {
         panic!("not a video");
     };
     assert_eq!(some.frames_indices, [3, 4, 5, 6]);
@@ -301,12 +323,12 @@ fn decodes_wait_for_a_place_but_not_for_ever() {
     };
     let store = store(policy);
     let id = store.add(&testdata("media/h264.mp4")).unwrap();
-    let place = store.decodes.enter(Instant::now()).unwrap();
+    let place = store.decodes.gate.enter(Instant::now()).unwrap();
     let error = store.load(&video(id.as_str())).unwrap_err();
     assert_eq!(error.kind, MediaErrorKind::Busy);
     drop(place);
     assert!(store.load(&video(id.as_str())).is_ok());
-    assert_eq!(store.stats().decoding, 0);
+    wait_for("a place stays taken", || store.stats().decoding == 0);
 }
 
 #[test]
@@ -321,22 +343,22 @@ fn decoded_media_share_one_budget_of_bytes() {
     let id = store.add(&testdata("media/h264.mp4")).unwrap();
     let clip = store.fetch(&video(id.as_str())).unwrap();
     assert_eq!(clip.bytes, 0);
-    let loaded = store.decode(&clip, Box::new(|_| ())).unwrap();
+    let loaded = decode(&store, &clip).unwrap();
     assert_eq!(store.stats().decode_bytes, FRAME * 4);
-    let again = store.decode(&clip, Box::new(|_| ())).unwrap();
+    let again = decode(&store, &clip).unwrap();
     assert_eq!(store.stats().decode_bytes, FRAME * 8);
     drop((loaded, again));
     assert_eq!(store.stats().decode_bytes, 0);
     // Nothing is decoded, nor taken from the cache, while others hold all.
-    let all = store.memory.take(1 << 20, Instant::now()).unwrap();
-    let error = store.decode(&clip, Box::new(|_| ())).err().unwrap();
+    let all = store.decodes.memory.take(1 << 20, Instant::now()).unwrap();
+    let error = decode(&store, &clip).err().unwrap();
     assert_eq!(error.kind, MediaErrorKind::Busy);
     let other = store.fetch(&image(id.as_str())).unwrap();
     assert!(!other.equals(&clip));
-    let error = store.decode(&other, Box::new(|_| ())).err().unwrap();
+    let error = decode(&store, &other).err().unwrap();
     assert_eq!(error.kind, MediaErrorKind::Busy);
     drop(all);
-    assert!(store.decode(&clip, Box::new(|_| ())).is_ok());
+    assert!(decode(&store, &clip).is_ok());
     // A picture that the budget has no room for is beyond the limit.
     let large = ::image::RgbImage::new(300, 300);
     let mut bytes = std::io::Cursor::new(Vec::new());

@@ -55,7 +55,7 @@ fn a_video_of_pictures_as_vllm_sends_it() {
         sampling: FrameSampling::Default(2),
         ..video(&uri)
     };
-    let Medium::Video(got) = store.load(&source).unwrap() else {
+    let Medium::Video(got, _) = store.load(&source).unwrap() else {
         panic!("not a video");
     };
     assert_eq!(got.frames_indices, [0, 2]);

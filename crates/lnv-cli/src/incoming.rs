@@ -13,6 +13,7 @@ use anyhow::{Result, anyhow, bail};
 use llava_next_video::Error;
 use llava_next_video::media::{FrameSampling, MediaLimits, SampledFrame};
 use llava_next_video::processor::LlavaNextVideoProcessor;
+use llava_next_video::processor::arriving::ScalingFeed;
 use llava_next_video::processor::conversation::Conversation;
 use llava_next_video::processor::inputs::{ImageInput, ModelInputs, VideoInput};
 
@@ -136,16 +137,16 @@ fn read(
     let mut sink = |frame: SampledFrame| {
         if frame.position == 0 {
             let scaler = processor.frame_scaler(frame.image.size)?;
-            let (own, video) = VideoInput::arriving(frame.of, scaler.size())?;
+            let (own, video) = ScalingFeed::new(scaler, frame.of)?;
             let mut all = scaled.clone();
             all.videos.push(video);
             // Those who wait for frames that were handed over before hear that those ended, and find these.
             sender.send(all).map_err(|_| Error::Cancelled)?;
-            feed = Some((own, scaler));
+            feed = Some(own);
             progress.finish_and_clear();
         }
         match &mut feed {
-            Some((feed, scaler)) => feed.push(scaler.scale(&frame.image)?),
+            Some(feed) => feed.push(&frame.image),
             None => Err(Error::Internal("frames began behind the first".into())),
         }
     };

@@ -10,8 +10,9 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::inputs::{Pixels, VideoInput};
+use super::video_processor::FrameScaler;
 use crate::error::{Error, Result};
-use crate::media::ImageSize;
+use crate::media::{Image, ImageSize};
 
 /// The reader's side. Copies read the same frames.
 #[derive(Clone)]
@@ -163,6 +164,31 @@ impl Drop for FrameFeed {
         self.end(Error::Media(
             "reading the video ended before its last frame: ask again".into(),
         ));
+    }
+}
+
+/// A [`FrameFeed`] that takes frames as they were decoded, and scales them.
+pub struct ScalingFeed {
+    feed: FrameFeed,
+    scaler: FrameScaler,
+}
+
+impl ScalingFeed {
+    /// For a video of `count` frames, each of which `scaler` makes what the model takes.
+    ///
+    /// # Errors
+    /// As [`VideoInput::arriving`].
+    pub fn new(scaler: FrameScaler, count: usize) -> Result<(Self, VideoInput)> {
+        let (feed, video) = VideoInput::arriving(count, scaler.size())?;
+        Ok((Self { feed, scaler }, video))
+    }
+
+    /// Adds the next frame.
+    ///
+    /// # Errors
+    /// As [`FrameFeed::push`] and [`FrameScaler::scale`].
+    pub fn push(&mut self, frame: &Image) -> Result<()> {
+        self.feed.push(self.scaler.scale(frame)?)
     }
 }
 

@@ -9,10 +9,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use llava_next_video::media::Image;
-use llava_next_video::processor::arriving::FrameFeed;
+use llava_next_video::processor::arriving::ScalingFeed;
 use llava_next_video::processor::conversation::Conversation;
 use llava_next_video::processor::inputs::VideoInput;
-use llava_next_video::processor::video_processor::FrameScaler;
 use llava_next_video::{Error, Result};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tokio::task::JoinHandle;
@@ -104,7 +103,7 @@ struct Watcher {
     server: Arc<Server>,
     /// Where the video goes once its first frame is there.
     begun: Option<oneshot::Sender<VideoInput>>,
-    feed: Option<(FrameFeed, FrameScaler)>,
+    feed: Option<ScalingFeed>,
     /// Whether nothing is owed: all frames were pushed, or nobody wants them.
     settled: bool,
 }
@@ -126,13 +125,13 @@ impl Watcher {
             self.feed = None;
             if let Some(begun) = self.begun.take() {
                 let scaler = self.server.pipeline.processor.frame_scaler(image.size)?;
-                let (feed, video) = VideoInput::arriving(of, scaler.size())?;
+                let (feed, video) = ScalingFeed::new(scaler, of)?;
                 begun.send(video).map_err(|_| Error::Cancelled)?;
-                self.feed = Some((feed, scaler));
+                self.feed = Some(feed);
             }
         }
         match &mut self.feed {
-            Some((feed, scaler)) => feed.push(scaler.scale(image)?),
+            Some(feed) => feed.push(image),
             None => Ok(()),
         }
     }
@@ -145,18 +144,17 @@ pub async fn begin(
     read: &mut Read,
     (conversation, place, asked): (Conversation, Arc<Place>, Asked),
 ) -> ApiResult<(Job, usize)> {
-    if let Some(rest) = read.rest.take() {
+    loop {
         let prepared = prepare(server, conversation.clone(), read.pictures.clone()).await?;
         let tokens = prepared.prompt_tokens;
         let job = Job::start(server, log, prepared, Arc::clone(&place), asked.clone()).await?;
+        let Some(rest) = read.rest.take() else {
+            return Ok((job, tokens));
+        };
         let Some(whole) = rest.end(log).await? else {
             return Ok((job, tokens));
         };
-        drop(job);
+        job.withdraw(log);
         read.pictures.has_arrived(&whole);
     }
-    let prepared = prepare(server, conversation, read.pictures.clone()).await?;
-    let tokens = prepared.prompt_tokens;
-    let job = Job::start(server, log, prepared, place, asked).await?;
-    Ok((job, tokens))
 }

@@ -380,6 +380,8 @@ pub struct Asked {
 pub struct Job {
     server: Arc<Server>,
     id: RequestId,
+    /// Its number in the log.
+    question: u64,
     updates: mpsc::UnboundedReceiver<Update>,
     gone: Arc<AtomicBool>,
     over: bool,
@@ -407,7 +409,7 @@ impl Job {
         let dropped = Arc::clone(&gone);
         let room = prepared.room;
         let mut place = Some(place);
-        let mut note = log.question(prepared.prompt_tokens);
+        let (question, mut note) = log.question(prepared.prompt_tokens);
         let on_event = move |event: RequestEvent| {
             note(&event);
             // It runs, or is over: another may wait.
@@ -442,12 +444,18 @@ impl Job {
             Ok(Self {
                 server: own,
                 id,
+                question,
                 updates,
                 gone,
                 over: false,
             })
         })
         .await?
+    }
+
+    /// Takes it back, to be asked anew: the log is to forget it.
+    pub fn withdraw(self, log: &RequestLog) {
+        log.withdraw(self.question);
     }
 
     /// What happens next; `None` after the end.

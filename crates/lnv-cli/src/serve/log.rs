@@ -4,6 +4,7 @@
 //! by dropping a guard; so a request that is cut short has its line too (status 499, as nginx writes it).
 //! The metrics are counted at the same moment from the same figures.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -41,8 +42,10 @@ pub struct Entry {
     pub pictures: usize,
     /// When its media began to be read and scaled, and when they were.
     pub media: Option<(Instant, Option<Instant>)>,
-    /// What it asked the engine.
-    pub questions: Vec<Course>,
+    /// What it asked the engine, by number.
+    questions: BTreeMap<u64, Course>,
+    /// The next number.
+    next: u64,
     /// Why it was not answered.
     pub error: Option<String>,
     /// The trace that it belongs to, where traces are made.
@@ -50,9 +53,14 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// What it asked the engine, in order.
+    pub fn questions(&self) -> impl ExactSizeIterator<Item = &Course> {
+        self.questions.values()
+    }
+
     /// A sum over the questions.
     pub fn sum<T: std::iter::Sum>(&self, of: impl Fn(&Course) -> T) -> T {
-        self.questions.iter().map(of).sum()
+        self.questions().map(of).sum()
     }
 
     /// From when to when its media were read, so far.
@@ -69,20 +77,17 @@ impl Entry {
 
     /// Seconds that the question that waited longest for the engine did.
     pub fn queue_s(&self) -> f64 {
-        self.questions
-            .iter()
-            .map(Course::queue_s)
-            .fold(0.0, f64::max)
+        self.questions().map(Course::queue_s).fold(0.0, f64::max)
     }
 
     /// When the first token came.
     pub fn first_token(&self) -> Option<Instant> {
-        self.questions.iter().filter_map(Course::first_token).min()
+        self.questions().filter_map(Course::first_token).min()
     }
 
     /// When the last came.
     pub fn last_token(&self) -> Option<Instant> {
-        self.questions.iter().filter_map(Course::last_token).max()
+        self.questions().filter_map(Course::last_token).max()
     }
 }
 
@@ -103,7 +108,8 @@ impl RequestLog {
             stream: false,
             pictures: 0,
             media: None,
-            questions: Vec::new(),
+            questions: BTreeMap::new(),
+            next: 0,
             error: None,
             caller: None,
         })))
@@ -114,13 +120,27 @@ impl RequestLog {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A question is handed to the engine; what is returned is to hear of everything that happens to it.
-    pub fn question(&self, prompt_tokens: usize) -> impl FnMut(&RequestEvent) + Send + use<> {
+    /// A question is handed to the engine: its number, and what is to hear of everything that happens to it.
+    pub fn question(
+        &self,
+        prompt_tokens: usize,
+    ) -> (u64, impl FnMut(&RequestEvent) + Send + use<>) {
         let log = self.clone();
         let mut entry = self.entry();
-        entry.questions.push(Course::new(prompt_tokens));
-        let index = entry.questions.len() - 1;
-        move |event| log.entry().questions[index].hear(event)
+        let number = entry.next;
+        entry.next += 1;
+        entry.questions.insert(number, Course::new(prompt_tokens));
+        let note = move |event: &RequestEvent| {
+            if let Some(question) = log.entry().questions.get_mut(&number) {
+                question.hear(event);
+            }
+        };
+        (number, note)
+    }
+
+    /// A question is asked anew: what it came to so far does not count.
+    pub fn withdraw(&self, number: u64) {
+        self.entry().questions.remove(&number);
     }
 }
 

@@ -120,8 +120,8 @@ impl Traces {
         if let Some(media) = entry.media() {
             self.stage(&clock, ("media", media, None), None, &context);
         }
-        let several = entry.questions.len() > 1;
-        for (index, question) in entry.questions.iter().enumerate() {
+        let several = entry.questions().len() > 1;
+        for (index, question) in entry.questions().enumerate() {
             for stage in question.stages() {
                 self.stage(&clock, stage, several.then_some(index), &context);
             }
@@ -198,7 +198,7 @@ fn error_type(entry: &Entry) -> Option<String> {
         None => Some("cancelled".to_owned()),
         Some(status) if status >= 500 => Some(status.to_string()),
         Some(200) if entry.error.is_some() => Some("_OTHER".to_owned()),
-        Some(200) if entry.questions.iter().any(cut) => Some("cancelled".to_owned()),
+        Some(200) if entry.questions().any(cut) => Some("cancelled".to_owned()),
         Some(_) => None,
     }
 }
@@ -230,10 +230,7 @@ fn attributes(entry: &Entry, model: &str) -> Vec<KeyValue> {
         _ => None,
     };
     if let Some(operation) = operation {
-        let reasons = entry
-            .questions
-            .iter()
-            .flat_map(|question| &question.finish_reasons);
+        let reasons = entry.questions().flat_map(|q| &q.finish_reasons);
         let reasons: Vec<StringValue> = reasons.map(|reason| (*reason).into()).collect();
         let reasons = (!reasons.is_empty()).then_some(Value::Array(Array::String(reasons)));
         all.extend([

@@ -81,7 +81,8 @@ fn a_clip_is_answered_the_same_on_its_way_and_whole() {
         ("h264.mp4", sound),
         ("h264.avi", std::fs::read(media.join("h264.avi")).unwrap()),
     ];
-    let server = Served::start(&[]);
+    let server = Served::start(&["--log-format", "json"]);
+    let mut told = Vec::new();
     for (name, bytes) in clips {
         let path = folder.write(name, &bytes);
         let question = "Which way does it move?";
@@ -94,7 +95,12 @@ fn a_clip_is_answered_the_same_on_its_way_and_whole() {
         std::thread::scope(|scope| {
             let asked: Vec<_> = (0..4).map(|_| scope.spawn(|| server.chat(&body))).collect();
             for answer in asked {
-                assert_eq!(content(&answer.join().unwrap(), 0), alone.trim(), "{name}");
+                let answer = answer.join().unwrap();
+                assert_eq!(content(&answer, 0), alone.trim(), "{name}");
+                told.push((
+                    answer.id.clone().unwrap(),
+                    answer.json()["usage"]["prompt_tokens"].clone(),
+                ));
             }
         });
         let questions = json!({"video": {"url": url}, "questions": [question, question]});
@@ -105,6 +111,14 @@ fn a_clip_is_answered_the_same_on_its_way_and_whole() {
         // Each frame is seen once, however it came; those of the broken one that did not count too.
         let encoded = server.metric("lnv_features_encoded_total") - encoded;
         assert!(encoded <= 16.0, "{name}: {encoded}");
+    }
+    // A question that was asked anew counts once in its request's line.
+    server.signal("TERM");
+    let (_, err) = server.end();
+    for (id, prompt_tokens) in told {
+        let line = err.lines().find(|line| line.contains(&id)).unwrap();
+        let line: Value = serde_json::from_str(line).unwrap();
+        assert_eq!(line["prompt_tokens"], prompt_tokens);
     }
     // The first to ask may also ask many questions.
     let server = Served::start(&[]);

@@ -128,6 +128,47 @@ fn a_clip_is_answered_the_same_on_its_way_and_whole() {
     assert_eq!(answer["data"][0]["answer"], "left");
 }
 
+/// The engine has seen frames by then and holds what it made of them.
+#[test]
+fn a_clip_that_breaks_off_midway_is_refused_and_leaves_nothing() {
+    let server = Served::start(&[]);
+    let frame = |name: &str| {
+        let bytes = std::fs::read(golden().join("../media").join(name)).unwrap();
+        BASE64_STANDARD.encode(bytes)
+    };
+    let sound = vec![frame("444-64x64.jpg"); 8];
+    let body = |frames: &[String], stream: bool| {
+        let url = format!("data:video/jpeg;base64,{}", frames.join(","));
+        let part = json!({"type": "video_url", "video_url": {"url": url}});
+        let text = json!({"type": "text", "text": "Which way does it move?"});
+        json!({"messages": [{"role": "user", "content": [part, text]}], "stream": stream})
+    };
+    let mut other = sound.clone();
+    other[6] = frame("444-61x45.jpg");
+    let mut torn = sound.clone();
+    let half = torn[6].len() / 8 * 4;
+    torn[6].truncate(half);
+    for (frames, reason) in [(other, "not of one size"), (torn, "damaged or cut off")] {
+        for stream in [false, true] {
+            let answer = server.chat(&body(&frames, stream));
+            assert_eq!(answer.status, 400, "{}", answer.text);
+            let error = &answer.json()["error"];
+            assert_eq!(error["code"], "invalid_media", "{error}");
+            assert!(
+                error["message"].as_str().unwrap().contains(reason),
+                "{error}"
+            );
+        }
+    }
+    assert!(server.metric("lnv_features_encoded_total") > 0.0);
+    let late = Instant::now() + Duration::from_secs(10);
+    while server.metric("lnv_cache_blocks_in_use") > 0.0 {
+        assert!(Instant::now() < late, "blocks are left");
+    }
+    let answer = server.chat(&body(&sound, false));
+    assert!(!content(&answer, 0).is_empty());
+}
+
 #[test]
 fn lengths_stops_and_several_answers() {
     let server = Served::start(&[]);

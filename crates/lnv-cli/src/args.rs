@@ -376,6 +376,9 @@ pub struct ServeMediaArgs {
     /// Memory for decoded media that are kept, in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 512)]
     pub media_cache_mib: usize,
+    /// Disk for what was fetched, in MiB, so that what its server calls unchanged is not sent again.
+    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    pub fetch_cache_mib: usize,
     /// Disk for uploads that are kept, in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 4096)]
     pub upload_cache_mib: usize,

@@ -350,6 +350,7 @@ fn policy(args: &ServeArgs, pipeline: &Pipeline) -> MediaPolicy {
         decode_bytes: (args.limits.decode_memory_mib as u64) << 20,
         decoder_bytes: (args.limits.decoder_memory_mib as u64) << 20,
         cache_bytes: (args.media.media_cache_mib as u64) << 20,
+        fetched_bytes: (args.media.fetch_cache_mib as u64) << 20,
         upload_bytes: (args.media.upload_cache_mib as u64) << 20,
         ..MediaPolicy::default()
     }

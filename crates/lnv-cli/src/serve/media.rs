@@ -90,6 +90,8 @@ pub struct MediaPolicy {
     pub decoder_bytes: u64,
     /// Bytes of decoded media that are kept, as RGB in memory.
     pub cache_bytes: u64,
+    /// Bytes of what was fetched that are kept, as files, to be asked whether they are still the same.
+    pub fetched_bytes: u64,
     /// Bytes of uploads that are kept, as files.
     pub upload_bytes: u64,
 }
@@ -117,6 +119,7 @@ impl Default for MediaPolicy {
             decode_bytes: 1 << 30,
             decoder_bytes: 2 << 30,
             cache_bytes: 512 << 20,
+            fetched_bytes: 1 << 30,
             upload_bytes: 4 << 30,
         }
     }
@@ -240,6 +243,8 @@ pub struct MediaStats {
     pub misses: u64,
     /// Bytes of uploads that are kept.
     pub upload_bytes: u64,
+    /// Bytes of what was fetched that are kept.
+    pub fetched_bytes: u64,
     /// Decodes that run now, those included that nobody waits for any more.
     pub decoding: usize,
     /// Bytes that decodes may take and decoded media in some request's hands have.
@@ -507,6 +512,7 @@ impl MediaStore {
             hits: self.hits.load(Ordering::Relaxed),
             misses: self.misses.load(Ordering::Relaxed),
             upload_bytes: held(&self.uploads).bytes(),
+            fetched_bytes: self.fetcher.kept_bytes(),
             decoding: self.decodes.gate.taken(),
             decode_bytes: self.decodes.memory.taken(),
             fetching: self.fetcher.running(),
@@ -560,7 +566,7 @@ impl MediaStore {
         let asker = Arc::downgrade(&asker);
         self.fetching.run(url.to_string(), deadline, &asker, |_| {
             let out = self.workshop.begin(name, policy.max_bytes)?;
-            Ok(Arc::new(self.fetcher.fetch(name, url, out)?))
+            self.fetcher.fetch(name, url, out)
         })
     }
 

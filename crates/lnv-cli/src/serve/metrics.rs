@@ -184,6 +184,11 @@ fn present(told: &mut Registry, server: &Server, engine: &ServiceStats, media: &
         media.upload_bytes as f64,
     );
     now(
+        "lnv_fetched_bytes",
+        "Bytes of fetched files that are kept",
+        media.fetched_bytes as f64,
+    );
+    now(
         "lnv_media_fetching",
         "Fetches that run",
         media.fetching as f64,

@@ -5,22 +5,27 @@
 //! connection for a name server to lie to. One bad address among several refuses the name. Proxies from the
 //! environment are off, connections are not kept, redirects are followed here, each checked like the first. The time is
 //! one limit for all of it, so that a server that trickles gains nothing.
+//!
+//! A chat names its clip again with every turn. What was fetched is therefore kept under a budget, and asked for with
+//! the tag or the date that its server gave it: if that says that it is unchanged (304), it is not sent again. Nothing is
+//! used without asking, so whoever may not fetch it (any more) does not get it, and a changed file is seen at once.
 
 use std::fmt;
 use std::io::Read;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
-use ureq::http::{Uri, header};
+use ureq::http::{HeaderMap, HeaderName, HeaderValue, Uri, header};
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{Connector, NextTimeout, RustlsConnector, TcpConnector};
 use url::Url;
 
 use super::blob::{Blob, BlobWriter};
+use super::cache::Budgeted;
 use super::gate::Gate;
 use super::source::check_web;
-use super::{MediaError, MediaErrorKind, MediaPolicy, address};
+use super::{MediaError, MediaErrorKind, MediaPolicy, address, held};
 
 /// Redirects that are followed.
 const MAX_REDIRECTS: usize = 5;
@@ -142,10 +147,46 @@ impl Resolver for Guard {
     }
 }
 
+/// What came from an address, and how to ask whether it is still the same.
+#[derive(Clone)]
+struct Kept {
+    blob: Arc<Blob>,
+    validators: Vec<(HeaderName, HeaderValue)>,
+}
+
+/// Bytes of a tag that are sent back.
+const MAX_TAG: usize = 1024;
+
+/// The conditions under which a file with this head need not be sent again; none where it is not to be kept.
+fn validators(head: &HeaderMap) -> Vec<(HeaderName, HeaderValue)> {
+    let control = head.get_all(header::CACHE_CONTROL).iter();
+    let is_secret = |value: &HeaderValue| {
+        let text = value.to_str().unwrap_or("no-store");
+        let mut words = text.split(',').map(str::trim);
+        words.any(|word| word.eq_ignore_ascii_case("no-store"))
+    };
+    if { control }.any(is_secret) {
+        return Vec::new();
+    }
+    let conditions = [
+        (header::ETAG, header::IF_NONE_MATCH),
+        (header::LAST_MODIFIED, header::IF_MODIFIED_SINCE),
+    ];
+    let of = |(from, to)| {
+        Some((
+            to,
+            head.get(from).filter(|tag| tag.len() <= MAX_TAG)?.clone(),
+        ))
+    };
+    conditions.into_iter().filter_map(of).collect()
+}
+
 /// The client.
 pub(super) struct Fetcher {
     agent: ureq::Agent,
     gate: Arc<Gate>,
+    /// By address, redirects followed.
+    kept: Mutex<Budgeted<String, Kept>>,
     policy: MediaPolicy,
 }
 
@@ -167,6 +208,7 @@ impl Fetcher {
         Self {
             agent: ureq::Agent::with_parts(config, connector, guard),
             gate: Gate::new(policy.max_parallel_fetches),
+            kept: Mutex::new(Budgeted::new(policy.fetched_bytes)),
             policy: policy.clone(),
         }
     }
@@ -176,8 +218,18 @@ impl Fetcher {
         self.gate.taken()
     }
 
-    /// Fetches `url`, which errors call `name`, to `out`.
-    pub(super) fn fetch(&self, name: &str, url: Url, out: BlobWriter) -> Result<Blob, MediaError> {
+    /// Bytes of files that are kept.
+    pub(super) fn kept_bytes(&self) -> u64 {
+        held(&self.kept).bytes()
+    }
+
+    /// Fetches `url`, which errors call `name`, to `out`, unless what is kept is still the same.
+    pub(super) fn fetch(
+        &self,
+        name: &str,
+        url: Url,
+        out: BlobWriter,
+    ) -> Result<Arc<Blob>, MediaError> {
         let wait = Instant::now() + self.policy.wait_timeout;
         let place = self.gate.enter(wait).ok_or_else(|| {
             let message =
@@ -196,7 +248,7 @@ impl Fetcher {
         mut url: Url,
         out: BlobWriter,
         deadline: Instant,
-    ) -> Result<Blob, MediaError> {
+    ) -> Result<Arc<Blob>, MediaError> {
         for _ in 0..=MAX_REDIRECTS {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -204,24 +256,52 @@ impl Fetcher {
             }
             // A fragment is not sent.
             url.set_fragment(None);
-            let request = self.agent.get(url.as_str()).config();
-            let request = request.timeout_global(Some(left)).build();
+            let kept = held(&self.kept).get(&url.to_string());
+            let mut request = self.agent.get(url.as_str());
+            for (condition, tag) in kept.iter().flat_map(|kept| &kept.validators) {
+                request = request.header(condition, tag);
+            }
+            let request = request.config().timeout_global(Some(left)).build();
             let response = request.call().map_err(|cause| failed(name, &cause))?;
-            let status = response.status();
-            if !status.is_redirection() {
-                if status.as_u16() == 200 {
-                    return receive(name, response, out, deadline);
+            let status = response.status().as_u16();
+            match (status, kept) {
+                (200, _) => return self.receive(name, &url, response, out, deadline),
+                (304, Some(kept)) => return Ok(kept.blob),
+                (300..=399, _) if status != 304 => {}
+                _ => {
+                    return Err(unreachable(format!(
+                        "the server of {name} answers with status {status}: check the address"
+                    )));
                 }
-                return Err(unreachable(format!(
-                    "the server of {name} answers with status {}: check the address",
-                    status.as_u16()
-                )));
             }
             url = self.next(name, &url, &response)?;
         }
         Err(unreachable(format!(
             "{name} is redirected more than {MAX_REDIRECTS} times: check the address"
         )))
+    }
+
+    fn receive(
+        &self,
+        name: &str,
+        url: &Url,
+        response: ureq::http::Response<ureq::Body>,
+        out: BlobWriter,
+        deadline: Instant,
+    ) -> Result<Arc<Blob>, MediaError> {
+        let key = url.to_string();
+        let validators = validators(response.headers());
+        let received = receive(name, response, out, deadline).map(Arc::new);
+        let mut kept = held(&self.kept);
+        match &received {
+            Ok(blob) if !validators.is_empty() => {
+                let blob = Arc::clone(blob);
+                let bytes = blob.bytes;
+                kept.insert(key, Kept { blob, validators }, bytes);
+            }
+            _ => kept.remove(&key),
+        }
+        received
     }
 
     /// Where a redirect leads. It is not shown: it may tell of another's network.

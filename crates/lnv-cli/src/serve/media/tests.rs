@@ -33,6 +33,13 @@ pub(super) struct Server {
 impl Server {
     /// Calls `answer` with the path of each request.
     pub(super) fn start(answer: impl Fn(&str, &mut TcpStream) + Send + Sync + 'static) -> Self {
+        Self::hearing(move |head, stream| {
+            answer(head.split(' ').nth(1).unwrap_or_default(), stream);
+        })
+    }
+
+    /// Calls `answer` with the head of each request.
+    pub(super) fn hearing(answer: impl Fn(&str, &mut TcpStream) + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let hits = Arc::new(AtomicUsize::new(0));
@@ -47,8 +54,7 @@ impl Server {
                     while !head.ends_with(b"\r\n\r\n") && stream.read(&mut byte).unwrap_or(0) == 1 {
                         head.push(byte[0]);
                     }
-                    let head = String::from_utf8_lossy(&head).into_owned();
-                    answer(head.split(' ').nth(1).unwrap_or_default(), &mut stream);
+                    answer(&String::from_utf8_lossy(&head), &mut stream);
                 });
             }
         });

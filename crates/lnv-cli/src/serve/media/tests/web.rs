@@ -414,3 +414,74 @@ fn a_server_that_is_not_there() {
     let error = store.load(&image(&format!("https://{at}/"))).unwrap_err();
     assert_eq!(error.kind, MediaErrorKind::Unreachable, "{error}");
 }
+
+#[test]
+fn what_a_server_calls_unchanged_is_not_sent_again() {
+    let (left, right) = (testdata("demo/left.mp4"), testdata("demo/up.mp4"));
+    let state = Arc::new(AtomicUsize::new(0));
+    let (now, sent) = (Arc::clone(&state), Arc::new(AtomicUsize::new(0)));
+    let bodies = Arc::clone(&sent);
+    let server = Server::hearing(move |head, stream| {
+        let path = head.split(' ').nth(1).unwrap();
+        let head = head.to_ascii_lowercase();
+        let date = "Wed, 01 Jan 2025 00:00:00 GMT";
+        let (tag, same) = match (path, now.load(Ordering::SeqCst)) {
+            ("/go", _) => return send(stream, "302 Found", "Location: /tag\r\n", b""),
+            ("/tag", 0) => ("ETag: \"a\"".to_owned(), "if-none-match: \"a\"".to_owned()),
+            ("/tag", 1) => ("ETag: \"b\"".to_owned(), "if-none-match: \"b\"".to_owned()),
+            ("/tag", _) => return send(stream, "410 Gone", "", b""),
+            ("/date", _) => (
+                format!("Last-Modified: {date}"),
+                format!("if-modified-since: {date}").to_ascii_lowercase(),
+            ),
+            ("/secret", _) => {
+                let tag = "ETag: \"s\"\r\nCache-Control: private, No-Store".to_owned();
+                (tag, "if-none-match".to_owned())
+            }
+            ("/liar", _) => ("X: y".to_owned(), "get /liar".to_owned()),
+            _ => ("X: y".to_owned(), "nothing".to_owned()),
+        };
+        if head.contains(&same) {
+            return send(stream, "304 Not Modified", "", b"");
+        }
+        bodies.fetch_add(1, Ordering::SeqCst);
+        let body = [&left, &right][now.load(Ordering::SeqCst)];
+        send(stream, "200 OK", &format!("{tag}\r\n"), body);
+    });
+    let policy = MediaPolicy {
+        fetched_bytes: 100 << 10,
+        ..quick()
+    };
+    let store = MediaStore::with_guard(policy, guard(&[&server], &[])).unwrap();
+    let get = |path: &str| {
+        let before = sent.load(Ordering::SeqCst);
+        let digest = match store.fetch(&video(&server.url(path)))?.content {
+            Content::File(blob) => blob.digest,
+            Content::Frames(_) => panic!("no file"),
+        };
+        Ok::<_, MediaError>((digest, sent.load(Ordering::SeqCst) - before))
+    };
+    let (first, _) = get("/tag").unwrap();
+    for path in ["/tag", "/tag", "/go"] {
+        assert_eq!(get(path), Ok((first, 0)), "{path}");
+    }
+    assert_eq!(get("/date"), Ok((first, 1)));
+    assert_eq!(get("/date"), Ok((first, 0)));
+    assert_eq!(files(&store), 2);
+    // Without a tag, and what is not to be kept, is sent each time.
+    for path in ["/none", "/none", "/secret", "/secret"] {
+        assert_eq!(get(path), Ok((first, 1)), "{path}");
+    }
+    assert_eq!(files(&store), 2);
+    let error = get("/liar").unwrap_err();
+    assert!(error.message.contains("status 304"), "{error}");
+    // What has changed is seen, and what is gone is gone.
+    state.store(1, Ordering::SeqCst);
+    let (second, bodies) = get("/tag").unwrap();
+    assert_ne!((second, bodies), (first, 0));
+    assert_eq!(get("/go"), Ok((second, 0)));
+    state.store(2, Ordering::SeqCst);
+    assert_eq!(get("/tag").unwrap_err().kind, MediaErrorKind::Unreachable);
+    assert!(store.stats().fetched_bytes <= 100 << 10);
+    assert!(store.load(&video(&server.url("/date"))).is_ok());
+}

@@ -90,6 +90,11 @@ fn decoders_have_nothing_to_lose() {
 #[test]
 fn decoders_that_are_killed_are_replaced_and_go_with_the_server() {
     let mut server = Served::start(&[]);
+    // Where nobody asks how they ended, they stay in the list, dead.
+    let is_gone = |decoder: &PathBuf| {
+        let status = fs::read_to_string(decoder.join("status")).unwrap_or_default();
+        status.is_empty() || status.contains("State:\tZ")
+    };
     let first = two_of(&server);
     for decoder in &first {
         let id = decoder.file_name().unwrap();
@@ -99,6 +104,9 @@ fn decoders_that_are_killed_are_replaced_and_go_with_the_server() {
             .status();
         assert!(killed.unwrap().success());
     }
+    wait_for("decoders outlive a signal", || {
+        first.iter().all(is_gone).then_some(())
+    });
     let answer = server.chat(&about("left.mp4", "Which way does it move?"));
     assert_eq!(answer.status, 200, "{}", answer.text);
     assert!(!content(&answer, 0).is_empty());
@@ -109,11 +117,6 @@ fn decoders_that_are_killed_are_replaced_and_go_with_the_server() {
     });
     server.child.kill().unwrap();
     server.child.wait().unwrap();
-    // Where nobody asks how they ended, they stay in the list, dead.
-    let is_gone = |decoder: &PathBuf| {
-        let status = fs::read_to_string(decoder.join("status")).unwrap_or_default();
-        status.is_empty() || status.contains("State:\tZ")
-    };
     wait_for("decoders outlive their server", || {
         second.iter().all(is_gone).then_some(())
     });

@@ -3,7 +3,8 @@
 //! Decision: measured, not configured. A step that only decodes tells what the readers are used to; what
 //! a prompt's token adds is measured likewise. Beside decoding, vision and prefill together may add most of
 //! a decode step's time, so that a token takes at most about twice as long however long a video waits.
-//! Where nothing decodes, or nobody minds waiting for tokens, they go at full size.
+//! Where nothing decodes, or nobody minds waiting for tokens, they go at full size. Which of these holds is asked
+//! here and nowhere else.
 
 use std::time::Duration;
 
@@ -27,9 +28,10 @@ pub enum Prefer {
     Throughput,
 }
 
-/// What steps take.
+/// What steps take, and what they may.
 #[derive(Debug, Default)]
 pub(crate) struct Pace {
+    prefer: Prefer,
     /// Seconds of a step that only decodes.
     decode: Option<f64>,
     /// Seconds that a prompt's token adds.
@@ -37,6 +39,14 @@ pub(crate) struct Pace {
 }
 
 impl Pace {
+    /// Nothing is measured yet.
+    pub fn new(prefer: Prefer) -> Self {
+        Self {
+            prefer,
+            ..Self::default()
+        }
+    }
+
     /// A step took so long for so many rows that decode and so many tokens of prompts.
     pub fn stepped(&mut self, time: Duration, rows: usize, tokens: usize) {
         let seconds = time.as_secs_f64();
@@ -52,19 +62,30 @@ impl Pace {
         }
     }
 
-    /// How long vision may take in a step that decodes; half of what there is if prompts are read in it
-    /// too.
-    pub fn vision(&self, shared: bool) -> Duration {
-        Duration::from_secs_f64(self.spare() / if shared { 2.0 } else { 1.0 })
+    /// How long vision may take in a step, where somebody `decodes` in it; half of what there is if prompts are
+    /// read in it too. `None` for a whole pass.
+    pub fn vision(&self, decodes: bool, shared: bool) -> Option<Duration> {
+        let seconds = self.spare() / if shared { 2.0 } else { 1.0 };
+        self.holds(decodes)
+            .then(|| Duration::from_secs_f64(seconds))
     }
 
-    /// How many tokens of prompts a step that decodes may take, after vision took so long.
-    pub fn tokens(&self, vision: Duration) -> usize {
+    /// How many tokens of prompts a step may take at most, where somebody `decodes` in it, after vision took so
+    /// long.
+    pub fn tokens(&self, decodes: bool, vision: Duration) -> usize {
+        if !self.holds(decodes) {
+            return usize::MAX;
+        }
         let left = (self.spare() - vision.as_secs_f64()).max(0.0);
         match self.token {
             Some(token) if token > 0.0 => ((left / token) as usize).max(LEAST),
             _ => LEAST,
         }
+    }
+
+    /// Whether somebody's next token waits for the step and may not wait long.
+    fn holds(&self, decodes: bool) -> bool {
+        decodes && self.prefer == Prefer::Latency
     }
 
     /// Seconds that a step may take longer than one that only decodes.
@@ -78,6 +99,7 @@ fn blend(old: &mut Option<f64>, new: f64) {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -85,21 +107,37 @@ mod tests {
     fn prompts_get_as_many_tokens_as_fit_into_their_share() {
         let mut pace = Pace::default();
         let none = Duration::ZERO;
-        assert_eq!(pace.tokens(none), LEAST);
+        assert_eq!(pace.tokens(true, none), LEAST);
         let ms = Duration::from_millis;
         (0..50).for_each(|_| pace.stepped(ms(20), 4, 0));
         (0..50).for_each(|_| pace.stepped(ms(30), 4, 50));
         // 0.2 ms a token, 13 ms of a step.
         assert!(
-            (63..=66).contains(&pace.tokens(none)),
+            (63..=66).contains(&pace.tokens(true, none)),
             "{}",
-            pace.tokens(none)
+            pace.tokens(true, none)
         );
-        assert!((18..=21).contains(&pace.tokens(ms(9))));
-        assert_eq!(pace.tokens(ms(30)), LEAST);
-        assert!(pace.vision(true) > ms(6) && pace.vision(true) < ms(7));
-        assert_eq!(pace.vision(false), 2 * pace.vision(true));
+        assert!((18..=21).contains(&pace.tokens(true, ms(9))));
+        assert_eq!(pace.tokens(true, ms(30)), LEAST);
+        let vision = |shared| pace.vision(true, shared).unwrap();
+        assert!(vision(true) > ms(6) && vision(true) < ms(7));
+        assert_eq!(vision(false), 2 * vision(true));
         (0..50).for_each(|_| pace.stepped(ms(30), 4, 1));
-        assert_eq!(pace.tokens(none), LEAST);
+        assert_eq!(pace.tokens(true, none), LEAST);
+    }
+
+    #[test]
+    fn nothing_is_held_back_where_nobody_waits_for_the_next_token() {
+        let none = Duration::ZERO;
+        for (prefer, decodes, held) in [
+            (Prefer::Latency, true, true),
+            (Prefer::Latency, false, false),
+            (Prefer::Throughput, true, false),
+            (Prefer::Throughput, false, false),
+        ] {
+            let pace = Pace::new(prefer);
+            assert_eq!(pace.vision(decodes, false).is_some(), held);
+            assert_eq!(pace.tokens(decodes, none) < usize::MAX, held);
+        }
     }
 }

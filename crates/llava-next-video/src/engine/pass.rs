@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use lnv_kernels::{Buffer, KV_BLOCK};
 
 use super::job::Stage;
-use super::pace::Prefer;
 use super::request::Event;
 use super::room::content;
 use super::runner::{Engine, Sink};
@@ -107,11 +106,8 @@ impl Engine {
             }
         }
         let decoding = parts.len();
-        let mut room = match decoding {
-            0 => self.limits.prefill_chunk,
-            _ if self.limits.prefer == Prefer::Throughput => self.limits.prefill_chunk,
-            _ => self.pace.tokens(vision).min(self.limits.prefill_chunk),
-        };
+        let most = self.pace.tokens(decoding > 0, vision);
+        let mut room = most.min(self.limits.prefill_chunk);
         for (job, of) in of(Stage::Prefill) {
             let looking = of.is_arriving() || of.unseen().next().is_some();
             for (sequence, s) in of.sequences.iter().enumerate() {

@@ -11,7 +11,7 @@
 
 use std::ops::ControlFlow;
 use std::sync::{Arc, mpsc};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use lnv_kernels::KvCache;
 
@@ -109,7 +109,7 @@ impl Engine {
             waiting: Vec::new(),
             running: Vec::new(),
             sight: None,
-            pace: Pace::default(),
+            pace: Pace::new(limits.prefer),
             next_id: 0,
             admitted: 0,
             stats: ServiceStats::default(),
@@ -249,10 +249,10 @@ impl Engine {
             return false;
         }
         self.stats.steps += 1;
-        let paced = self.limits.prefer == Prefer::Latency
-            && self.running.iter().any(|job| job.stage == Stage::Decode);
+        let decodes = self.running.iter().any(|job| job.stage == Stage::Decode);
+        let allowed = self.pace.vision(decodes, self.reads_prompts());
         let begun = Instant::now();
-        let looked = self.look(paced, sink);
+        let looked = self.look(allowed, sink);
         self.sweep(sink);
         let passed = self.pass(begun.elapsed(), sink);
         self.pick(text, sink);
@@ -285,21 +285,21 @@ impl Engine {
         }
     }
 
-    /// Looks at pictures: one pass through the tower, or where that is `paced` a part of one. False where there was
-    /// nothing to look at.
-    fn look(&mut self, paced: bool, sink: Sink<'_>) -> bool {
+    /// Looks at pictures: one pass through the tower, or where only so much time is `allowed` a part of one. False
+    /// where there was nothing to look at.
+    fn look(&mut self, allowed: Option<Duration>, sink: Sink<'_>) -> bool {
         let mut looked = false;
-        let start = Instant::now();
-        let allowed = self.pace.vision(self.reads_prompts());
+        let until = allowed.map(|allowed| Instant::now() + allowed);
+        let few = until.is_some();
         loop {
             self.stats.features_found += self.recognise(sink);
-            if !self.remember(paced.then(|| start + allowed), sink) {
+            if !self.remember(until, sink) {
                 break;
             }
             if self.sight.is_none() {
                 let mut prefills = (self.running.iter_mut()).filter(|j| j.stage == Stage::Prefill);
                 let begun =
-                    prefills.find_map(|job| Some((Sight::begin(&self.model, job, paced)?, job)));
+                    prefills.find_map(|job| Some((Sight::begin(&self.model, job, few)?, job)));
                 if let Some((sight, job)) = begun {
                     let (done, total) = job.seen;
                     let event = RequestEvent::Progress(Event::Vision { done, total });
@@ -312,7 +312,7 @@ impl Engine {
             let begun = Instant::now();
             let (job, through) = (sight.job, !sight.advance(&self.model));
             let seen = match through {
-                true => self.sight.take().map(|s| s.finish(&self.model, paced)),
+                true => self.sight.take().map(|s| s.finish(&self.model, few)),
                 false => None,
             };
             if let Some(job) = self.running.iter_mut().find(|of| of.id == job) {
@@ -337,10 +337,10 @@ impl Engine {
                 }
                 Some(Err(error)) => self.fail(job, error, sink),
             }
-            let enough = match paced {
+            let enough = match until {
                 // Rather stop early than be a layer late.
-                true => start.elapsed() + begun.elapsed() > allowed,
-                false => through,
+                Some(until) => Instant::now() + begun.elapsed() > until,
+                None => through,
             };
             if enough {
                 break;

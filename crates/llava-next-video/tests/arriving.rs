@@ -3,79 +3,24 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod fixture;
+
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::{Arc, mpsc};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use llava_next_video::config::{CheckpointFiles, Dtype, GenerationConfig, LlavaNextVideoConfig};
+use fixture::{Fixture, nothing_is_held, options};
 use llava_next_video::engine::{
-    Engine, EngineLimits, Event, Generation, GenerationOptions, Request, RequestEvent, RequestId,
-    Service, ServiceLimits,
+    EngineLimits, Event, Generation, GenerationOptions, Request, RequestEvent, RequestId, Service,
 };
 use llava_next_video::media::{FrameSampling, MediaLimits, decode_video};
-use llava_next_video::model::{ForwardOptions, LlavaNextVideoModel, LoadOptions};
+use llava_next_video::model::ForwardOptions;
 use llava_next_video::processor::arriving::FrameFeed;
 use llava_next_video::processor::inputs::{ModelInputs, Pixels, VideoInput};
-use llava_next_video::processor::{LlavaNextVideoProcessor, ModelFacts};
 use llava_next_video::{Error, Result};
 
 const CASES: [&str; 4] = ["one-video", "mixed-turns", "batch-kinds", "batch-videos"];
-
-struct Fixture {
-    model: Arc<LlavaNextVideoModel>,
-    processor: LlavaNextVideoProcessor,
-    inputs: Vec<ModelInputs>,
-}
-
-impl Fixture {
-    fn new() -> Self {
-        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/golden");
-        let directory = golden.join("llama-default");
-        let files = CheckpointFiles::open(&directory).unwrap();
-        let config = LlavaNextVideoConfig::read(&files).unwrap();
-        let facts = ModelFacts::from(&config);
-        let processor = LlavaNextVideoProcessor::from_files(&files, &facts).unwrap();
-        let options = LoadOptions {
-            dtype: Some(Dtype::F32),
-            ..LoadOptions::default()
-        };
-        let read = |case: &str| {
-            let path = directory.join(format!("{case}.inputs.safetensors"));
-            let bytes = std::fs::read(path).unwrap();
-            let inputs = ModelInputs::from_safetensors(&bytes, processor.facts());
-            inputs.unwrap().inputs
-        };
-        Self {
-            model: Arc::new(LlavaNextVideoModel::load(&files, &options).unwrap()),
-            inputs: CASES.map(read).into(),
-            processor,
-        }
-    }
-
-    fn engine(&self, limits: EngineLimits) -> Engine {
-        Engine::with_limits(Arc::clone(&self.model), GenerationConfig::default(), limits)
-    }
-
-    fn service(&self, limits: EngineLimits) -> Service {
-        let waiting = ServiceLimits { waiting: 1000 };
-        Service::start(self.engine(limits), Arc::new(()), waiting)
-    }
-
-    fn alone(&self, inputs: &ModelInputs, options: &GenerationOptions) -> Generation {
-        let mut engine = self.engine(EngineLimits::default());
-        let on_event = &mut |_| ControlFlow::Continue(());
-        engine.generate(inputs, options, &(), on_event).unwrap()
-    }
-}
-
-fn options(tokens: usize) -> GenerationOptions {
-    GenerationOptions {
-        max_new_tokens: Some(tokens),
-        eos_token_ids: Some(Vec::new()),
-        ..GenerationOptions::default()
-    }
-}
 
 /// A video that is still to come, and how to have it come.
 struct Coming {
@@ -167,26 +112,9 @@ impl Asked {
     }
 }
 
-fn wait_until_idle(service: &Service) {
-    let start = Instant::now();
-    while !service.is_idle() || service.stats().running > 0 {
-        assert!(start.elapsed() < Duration::from_secs(60), "something runs");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-fn nothing_is_held(service: &Service) {
-    wait_until_idle(service);
-    let stats = service.stats();
-    assert_eq!(
-        (stats.running, stats.waiting, stats.blocks_in_use),
-        (0, 0, 0)
-    );
-}
-
 #[test]
 fn frames_are_seen_before_the_next_has_come() {
-    let fixture = Fixture::new();
+    let fixture = Fixture::new(&CASES);
     let inputs = &fixture.inputs[0];
     let alone = fixture.alone(inputs, &options(12));
     let service = fixture.service(EngineLimits::default());
@@ -207,7 +135,7 @@ fn frames_are_seen_before_the_next_has_come() {
 
 #[test]
 fn what_stands_before_the_last_frame_is_read_before_it_has_come() {
-    let fixture = Fixture::new();
+    let fixture = Fixture::new(&CASES);
     let inputs = &fixture.inputs[0];
     let alone = fixture.alone(inputs, &options(8));
     let (ids, id) = (&inputs.input_ids[0], fixture.processor.video_token_id);
@@ -244,7 +172,7 @@ fn what_stands_before_the_last_frame_is_read_before_it_has_come() {
 
 #[test]
 fn while_all_wait_for_frames_the_engine_sleeps() {
-    let fixture = Fixture::new();
+    let fixture = Fixture::new(&CASES);
     let service = fixture.service(EngineLimits::default());
     let (inputs, mut coming) = arriving(&fixture.inputs[0]);
     let mut coming = coming.remove(0);
@@ -268,7 +196,7 @@ fn while_all_wait_for_frames_the_engine_sleeps() {
 
 #[test]
 fn what_waits_for_frames_leaves_its_room_to_others() {
-    let fixture = Fixture::new();
+    let fixture = Fixture::new(&CASES);
     let inputs = &fixture.inputs[0];
     let blocks = inputs.input_ids[0].len().div_ceil(64) + 1;
     let mut other = inputs.clone();
@@ -301,7 +229,7 @@ fn what_waits_for_frames_leaves_its_room_to_others() {
 
 #[test]
 fn the_cache_finds_what_it_would_have_found() {
-    let fixture = Fixture::new();
+    let fixture = Fixture::new(&CASES);
     let service = fixture.service(EngineLimits::default());
     let inputs = &fixture.inputs[0];
     let first = ask(&service, inputs.clone(), &options(4)).answer().unwrap();
@@ -336,7 +264,7 @@ fn the_cache_finds_what_it_would_have_found() {
 
 #[test]
 fn many_at_once_answer_as_each_alone_and_some_end_early() {
-    let fixture = Fixture::new();
+    let fixture = Fixture::new(&CASES);
     let ways = [
         options(9),
         GenerationOptions {
@@ -411,7 +339,7 @@ fn many_at_once_answer_as_each_alone_and_some_end_early() {
 
 #[test]
 fn a_feed_that_is_forgotten_ends_its_request() {
-    let fixture = Fixture::new();
+    let fixture = Fixture::new(&CASES);
     let service = fixture.service(EngineLimits::default());
     let (inputs, coming) = arriving(&fixture.inputs[3]);
     let asked = ask(&service, inputs, &options(3));
@@ -429,7 +357,7 @@ fn a_feed_that_is_forgotten_ends_its_request() {
 
 #[test]
 fn a_call_waits_for_the_frames_and_a_forward_pass_does_not() {
-    let fixture = Fixture::new();
+    let fixture = Fixture::new(&CASES);
     for (case, inputs) in fixture.inputs.iter().enumerate() {
         let alone = fixture.alone(inputs, &options(10));
         let (late, coming) = arriving(inputs);
@@ -466,7 +394,7 @@ fn a_call_waits_for_the_frames_and_a_forward_pass_does_not() {
 
 #[test]
 fn frames_scaled_one_by_one_are_those_scaled_together() {
-    let fixture = Fixture::new();
+    let fixture = Fixture::new(&CASES);
     let clips = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/media");
     for name in ["h264.mp4", "h264-turned-90.mp4", "gif.gif"] {
         let limits = MediaLimits::default();

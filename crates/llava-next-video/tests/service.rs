@@ -3,21 +3,20 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod fixture;
+
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use llava_next_video::config::{
-    CheckpointFiles, Dtype, GenerationConfig, LlavaNextVideoConfig, Quantization,
-};
+use fixture::{Fixture, load, nothing_is_held, options};
+use llava_next_video::config::{Dtype, Quantization};
 use llava_next_video::engine::{
-    Constraint, Constraints, Engine, EngineLimits, Event, FeatureStore, FinishReason, Generation,
+    Constraint, Constraints, EngineLimits, Event, FeatureStore, FinishReason, Generation,
     GenerationOptions, Prefer, Refused, Request, RequestEvent, Sampling, Service, ServiceLimits,
 };
-use llava_next_video::model::{LlavaNextVideoModel, LoadOptions};
 use llava_next_video::processor::inputs::ModelInputs;
-use llava_next_video::processor::{LlavaNextVideoProcessor, ModelFacts};
 use llava_next_video::{Error, Result};
 
 const CASES: [&str; 8] = [
@@ -30,77 +29,6 @@ const CASES: [&str; 8] = [
     "batch-kinds",
     "batch-videos",
 ];
-
-/// The tiny checkpoint's weights.
-fn load(dtype: Dtype, quantization: Option<Quantization>) -> LlavaNextVideoModel {
-    let options = LoadOptions {
-        dtype: Some(dtype),
-        quantization,
-        ..LoadOptions::default()
-    };
-    let files = CheckpointFiles::open(&checkpoint()).unwrap();
-    LlavaNextVideoModel::load(&files, &options).unwrap()
-}
-
-fn checkpoint() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/golden/llama-default")
-}
-
-struct Fixture {
-    model: Arc<LlavaNextVideoModel>,
-    processor: LlavaNextVideoProcessor,
-    directory: PathBuf,
-}
-
-impl Fixture {
-    fn new() -> Self {
-        let directory = checkpoint();
-        let files = CheckpointFiles::open(&directory).unwrap();
-        let config = LlavaNextVideoConfig::read(&files).unwrap();
-        let processor =
-            LlavaNextVideoProcessor::from_files(&files, &ModelFacts::from(&config)).unwrap();
-        Self {
-            model: Arc::new(load(Dtype::F32, None)),
-            processor,
-            directory,
-        }
-    }
-
-    /// The cases.
-    fn inputs(&self) -> Vec<ModelInputs> {
-        let read = |case: &&str| {
-            let path = self.directory.join(format!("{case}.inputs.safetensors"));
-            let bytes = std::fs::read(path).unwrap();
-            let inputs = ModelInputs::from_safetensors(&bytes, self.processor.facts());
-            inputs.unwrap().inputs
-        };
-        CASES.iter().map(read).collect()
-    }
-
-    fn engine(&self, limits: EngineLimits) -> Engine {
-        Engine::with_limits(Arc::clone(&self.model), GenerationConfig::default(), limits)
-    }
-
-    fn service(&self, limits: EngineLimits) -> Service {
-        let waiting = ServiceLimits { waiting: 1000 };
-        Service::start(self.engine(limits), Arc::new(()), waiting)
-    }
-
-    fn alone(&self, inputs: &ModelInputs, options: &GenerationOptions) -> Generation {
-        let mut engine = self.engine(EngineLimits::default());
-        engine
-            .generate(inputs, options, &(), &mut |_| ControlFlow::Continue(()))
-            .unwrap()
-    }
-}
-
-fn options(tokens: usize) -> GenerationOptions {
-    GenerationOptions {
-        max_new_tokens: Some(tokens),
-        eos_token_ids: Some(Vec::new()),
-        ..GenerationOptions::default()
-    }
-}
 
 type Answer = mpsc::Receiver<Result<Generation>>;
 
@@ -145,21 +73,10 @@ fn answer(receiver: &Answer) -> Generation {
         .unwrap()
 }
 
-fn wait_until_idle(service: &Service) {
-    let start = Instant::now();
-    while !service.is_idle() || service.stats().running > 0 {
-        assert!(
-            start.elapsed() < Duration::from_secs(60),
-            "something still runs"
-        );
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
 #[test]
 fn answers_under_load_are_those_of_each_alone() {
-    let fixture = Fixture::new();
-    let inputs = fixture.inputs();
+    let fixture = Fixture::new(&CASES);
+    let inputs = &fixture.inputs;
     let sampled = GenerationOptions {
         sampling: Some(Sampling {
             temperature: 1.3,
@@ -208,13 +125,9 @@ fn answers_under_load_are_those_of_each_alone() {
             );
             assert_eq!(got.prompt_tokens, alone[*w][*i].prompt_tokens);
         }
-        wait_until_idle(&service);
+        nothing_is_held(&service);
         let stats = service.stats();
         assert_eq!(stats.answered, asked.len());
-        assert_eq!(
-            (stats.running, stats.waiting, stats.blocks_in_use),
-            (0, 0, 0)
-        );
         assert!(
             stats.cached_tokens > 0,
             "the same prompts were asked three times"
@@ -224,8 +137,8 @@ fn answers_under_load_are_those_of_each_alone() {
 
 #[test]
 fn where_the_cache_is_full_the_youngest_waits_and_is_answered_all_the_same() {
-    let fixture = Fixture::new();
-    let inputs = fixture.inputs();
+    let fixture = Fixture::new(&CASES);
+    let inputs = &fixture.inputs;
     let text = inputs.iter().min_by_key(|i| i.input_ids[0].len()).unwrap();
     let long = options(150);
     let alone = fixture.alone(text, &long).completions;
@@ -240,16 +153,16 @@ fn where_the_cache_is_full_the_youngest_waits_and_is_answered_all_the_same() {
     for receiver in &asked {
         assert_eq!(answer(receiver).completions, alone);
     }
-    wait_until_idle(&service);
+    nothing_is_held(&service);
     let stats = service.stats();
     assert!(stats.preempted > 0, "it was full");
-    assert_eq!((stats.blocks_in_use, stats.answered), (0, 5));
+    assert_eq!(stats.answered, 5);
 }
 
 #[test]
 fn a_prompt_that_can_never_fit_is_refused_and_an_answer_that_fills_the_cache_is_cut() {
-    let fixture = Fixture::new();
-    let inputs = fixture.inputs();
+    let fixture = Fixture::new(&CASES);
+    let inputs = &fixture.inputs;
     let longest = inputs.iter().max_by_key(|i| i.input_ids[0].len()).unwrap();
     let shortest = inputs.iter().min_by_key(|i| i.input_ids[0].len()).unwrap();
     let service = fixture.service(EngineLimits {
@@ -271,14 +184,13 @@ fn a_prompt_that_can_never_fit_is_refused_and_an_answer_that_fills_the_cache_is_
     assert_eq!(cut.completions[0].finish_reason, FinishReason::Length);
     let tokens = shortest.input_ids[0].len() + cut.completions[0].ids.len();
     assert!((120..=130).contains(&tokens), "{tokens}");
-    wait_until_idle(&service);
-    assert_eq!(service.stats().blocks_in_use, 0);
+    nothing_is_held(&service);
 }
 
 #[test]
 fn who_leaves_holds_nothing_and_changes_nothing() {
-    let fixture = Fixture::new();
-    let inputs = fixture.inputs();
+    let fixture = Fixture::new(&CASES);
+    let inputs = &fixture.inputs;
     let way = options(20);
     let alone: Vec<Generation> = inputs.iter().map(|i| fixture.alone(i, &way)).collect();
     let service = fixture.service(EngineLimits {
@@ -304,19 +216,14 @@ fn who_leaves_holds_nothing_and_changes_nothing() {
             }
         }
     }
-    wait_until_idle(&service);
-    let stats = service.stats();
-    assert_eq!(stats.cancelled, 10);
-    assert_eq!(
-        (stats.blocks_in_use, stats.running, stats.waiting),
-        (0, 0, 0)
-    );
+    nothing_is_held(&service);
+    assert_eq!(service.stats().cancelled, 10);
 }
 
 #[test]
 fn questions_about_one_video_share_its_prefill() {
-    let fixture = Fixture::new();
-    let video = fixture.inputs().swap_remove(0);
+    let fixture = Fixture::new(&CASES);
+    let video = fixture.inputs[0].clone();
     let ids = video.input_ids[0].clone();
     let service = fixture.service(EngineLimits::default());
     let ask_with = |last: u32| {
@@ -355,8 +262,8 @@ fn questions_about_one_video_share_its_prefill() {
 
 #[test]
 fn wrong_requests_are_told_and_full_queues_refuse() {
-    let fixture = Fixture::new();
-    let inputs = fixture.inputs();
+    let fixture = Fixture::new(&CASES);
+    let inputs = &fixture.inputs;
     let engine = fixture.engine(EngineLimits::default());
     let service = Service::start(engine, Arc::new(()), ServiceLimits { waiting: 0 });
     let request = |options: GenerationOptions, sender: mpsc::Sender<Result<Generation>>| Request {
@@ -395,8 +302,8 @@ fn wrong_requests_are_told_and_full_queues_refuse() {
 
 #[test]
 fn a_request_hears_when_it_runs_and_when_each_stage_begins() {
-    let fixture = Fixture::new();
-    let inputs = fixture.inputs();
+    let fixture = Fixture::new(&CASES);
+    let inputs = &fixture.inputs;
     let seen = inputs
         .iter()
         .find(|inputs| !inputs.videos.is_empty())
@@ -439,8 +346,8 @@ fn a_request_hears_when_it_runs_and_when_each_stage_begins() {
 
 #[test]
 fn a_bug_ends_every_request_as_one_and_is_known_afterwards() {
-    let fixture = Fixture::new();
-    let inputs = fixture.inputs();
+    let fixture = Fixture::new(&CASES);
+    let inputs = &fixture.inputs;
     let service = fixture.service(EngineLimits::default());
     let other = ask(&service, &inputs[0], &options(4000), (1, None));
     assert!(!service.is_broken());
@@ -498,8 +405,8 @@ impl Constraint for EvenHere {
 
 #[test]
 fn constraints_and_log_probabilities_belong_to_their_request() {
-    let fixture = Fixture::new();
-    let inputs = fixture.inputs();
+    let fixture = Fixture::new(&CASES);
+    let inputs = &fixture.inputs;
     let service = fixture.service(EngineLimits::default());
     let ask_with = |constraints: Option<Arc<dyn Constraints>>, logprobs: Option<usize>| {
         let (sender, receiver) = mpsc::channel();
@@ -548,8 +455,7 @@ fn constraints_and_log_probabilities_belong_to_their_request() {
         assert!(told.top[0].1 >= told.top[1].1 && told.top[1].1 >= told.top[2].1);
         assert!(told.top.iter().map(|(_, p)| p.exp()).sum::<f32>() <= 1.0 + 1e-5);
     }
-    wait_until_idle(&service);
-    assert_eq!(service.stats().blocks_in_use, 0);
+    nothing_is_held(&service);
 }
 
 fn store(fixture: &Fixture, directory: &Path) -> Arc<FeatureStore> {
@@ -566,12 +472,12 @@ fn with_store(
     let mut engine = fixture.engine(limits);
     engine.set_feature_store(store(fixture, directory));
     let service = Service::start(engine, Arc::new(()), ServiceLimits::default());
-    let inputs = fixture.inputs();
+    let inputs = &fixture.inputs;
     let asked: Vec<Answer> = (inputs.iter())
         .map(|inputs| ask(&service, inputs, &options(16), (0, None)))
         .collect();
     let answers = asked.iter().map(answer).collect();
-    wait_until_idle(&service);
+    nothing_is_held(&service);
     let stats = service.stats();
     (answers, (stats.features_read, stats.features_encoded))
 }
@@ -586,8 +492,8 @@ fn files_of(directory: &Path) -> Vec<PathBuf> {
 
 #[test]
 fn another_engine_finds_pictures_on_disk_and_answers_the_same() {
-    let fixture = Fixture::new();
-    let alone: Vec<Generation> = (fixture.inputs().iter())
+    let fixture = Fixture::new(&CASES);
+    let alone: Vec<Generation> = (fixture.inputs.iter())
         .map(|inputs| fixture.alone(inputs, &options(16)))
         .collect();
     let same = |answers: &[Generation], what: &str| {
@@ -601,13 +507,9 @@ fn another_engine_finds_pictures_on_disk_and_answers_the_same() {
     let mut first = fixture.engine(EngineLimits::default());
     first.set_feature_store(store(&fixture, directory));
     let mut answers = Vec::new();
-    for inputs in fixture.inputs() {
+    for inputs in &fixture.inputs {
         let on_event = &mut |_| ControlFlow::Continue(());
-        answers.push(
-            first
-                .generate(&inputs, &options(16), &(), on_event)
-                .unwrap(),
-        );
+        answers.push(first.generate(inputs, &options(16), &(), on_event).unwrap());
     }
     drop(first);
     same(&answers, "writing");
@@ -647,7 +549,7 @@ fn another_engine_finds_pictures_on_disk_and_answers_the_same() {
     let mut engine = fixture.engine(EngineLimits::default());
     engine.set_feature_store(store(&fixture, &nowhere));
     std::fs::remove_dir(&nowhere).unwrap();
-    let inputs = &fixture.inputs()[0];
+    let inputs = &fixture.inputs[0];
     let on_event = &mut |_| ControlFlow::Continue(());
     let answer = engine.generate(inputs, &options(16), &(), on_event);
     same(&[answer.unwrap()], "without a directory");

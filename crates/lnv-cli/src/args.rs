@@ -331,8 +331,9 @@ pub struct ServeArgs {
           value_name = "latency|throughput")]
     pub prefer: PreferArg,
     /// Send a trace of each request to the OpenTelemetry collector at this address, such as
-    /// `http://localhost:4318` [default: none].
-    #[arg(long, value_name = "URL", env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
+    /// `http://localhost:4318` [default: that of OTEL_EXPORTER_OTLP_TRACES_ENDPOINT or OTEL_EXPORTER_OTLP_ENDPOINT,
+    /// if any].
+    #[arg(long, value_name = "URL")]
     pub otlp_endpoint: Option<String>,
     #[command(flatten)]
     pub media: ServeMediaArgs,

@@ -47,8 +47,8 @@ pub struct Metrics {
     pub connections_refused: Counter,
 }
 
-/// What the engine and the store have counted since the start; the names end in `_total`.
-fn counted(told: &mut Registry, engine: &ServiceStats, media: &MediaStats) {
+/// What the engine, the store and the traces have counted since the start; the names end in `_total`.
+fn counted(told: &mut Registry, server: &Server, engine: &ServiceStats, media: &MediaStats) {
     let mut count =
         |name: &str, help: &str, n: u64| told.register(name, help, ConstCounter::new(n));
     count(
@@ -118,6 +118,11 @@ fn counted(told: &mut Registry, engine: &ServiceStats, media: &MediaStats) {
     );
     count("lnv_media_hits", "Media found in the cache", media.hits);
     count("lnv_media_misses", "Media that were decoded", media.misses);
+    count(
+        "lnv_trace_spans_dropped",
+        "Spans of traces that did not reach their collector",
+        server.traces.as_ref().map_or(0, |traces| traces.dropped()),
+    );
 }
 
 /// What the engine, the store, the system and the gates have now.
@@ -299,7 +304,7 @@ impl Metrics {
         let stats = server.service.stats();
         let media = server.media.stats();
         let mut told = Registry::default();
-        counted(&mut told, &stats, &media);
+        counted(&mut told, server, &stats, &media);
         present(&mut told, server, &stats, &media);
         let mut text = String::new();
         // Writing to a String does not fail.

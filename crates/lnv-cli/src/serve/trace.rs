@@ -3,92 +3,65 @@
 //! Decision: the spans are made of a request's entry in the log when it is over, not by code along its way: a request
 //! that is cut short has its spans too, and nothing that a person has asked, shown or been answered can get into one.
 //! They go to the library's queue, which takes them or lets them fall and never waits; a thread of the library sends
-//! what is there through `ureq`, which the program has anyway. A collector that is away costs spans and a warning
-//! a minute, nothing else.
-//!
-//! It refuses at the start what it would send nowhere: an address that is none, another protocol.
+//! what is there (`export.rs`). A collector that is away costs spans and a warning a minute, nothing else.
 
-use std::sync::{Arc, Mutex, PoisonError};
+mod export;
+
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context as _, Result, bail};
-use async_trait::async_trait;
+use anyhow::Result;
 use axum::http::HeaderMap;
-use llava_next_video::error::io_reason;
 use opentelemetry::propagation::{Extractor, TextMapPropagator};
 use opentelemetry::trace::{
     Span as _, SpanKind, Status, TraceContextExt, TraceId, Tracer, TracerProvider,
 };
 use opentelemetry::{Array, Context, KeyValue, StringValue, Value};
-use opentelemetry_http::{Bytes, HttpClient, HttpError, Request, Response};
-use opentelemetry_otlp::{Protocol, SpanExporter, WithExportConfig, WithHttpConfig};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{SdkTracer, SdkTracerProvider};
-use url::Url;
 
 use super::course::{Course, Stage};
 use super::log::Entry;
-
-/// How long sending may take.
-const SEND: Duration = Duration::from_secs(10);
+use export::{Destination, Dropped};
 
 /// How long the last spans may take when the server ends.
 const FLUSH: Duration = Duration::from_secs(5);
 
-/// Between two warnings that nothing arrives.
-const QUIET: Duration = Duration::from_secs(60);
-
-/// Bytes of a collector's answer that are read.
-const MAX_ANSWER: u64 = 64 << 10;
-
 /// The longest `tracestate` that is passed on; a client could fill the queue with them.
 const MAX_STATE: usize = 512;
-
-/// Where OTLP's receivers for traces are, below the address of a collector.
-const PATH: &str = "v1/traces";
 
 /// Makes spans and has them sent.
 pub struct Traces {
     provider: SdkTracerProvider,
     tracer: SdkTracer,
     propagator: TraceContextPropagator,
+    dropped: Dropped,
 }
 
 impl Traces {
-    /// Sends to the collector at `endpoint`, such as `http://localhost:4318`, by OTLP over HTTP.
+    /// Sends to a collector, by OTLP over HTTP.
     ///
     /// # Errors
-    /// The address is none, or the environment asks for what is not there.
-    pub fn start(endpoint: &str) -> Result<Self> {
-        for name in [
-            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL",
-            "OTEL_EXPORTER_OTLP_PROTOCOL",
-        ] {
-            let asked = std::env::var(name).unwrap_or_default();
-            if !matches!(asked.as_str(), "" | "http/protobuf") {
-                bail!(
-                    "{name} is \"{asked}\", but traces are sent as http/protobuf only: set it to that"
-                );
-            }
-        }
-        let url = address(endpoint)?;
-        let exporter = SpanExporter::builder()
-            .with_http()
-            .with_http_client(Collector::new(&url))
-            .with_endpoint(url.as_str())
-            .with_protocol(Protocol::HttpBinary)
-            .build()
-            .context("traces cannot be sent")?;
+    /// The environment asks for what is not there.
+    pub fn start(destination: Destination) -> Result<Self> {
+        let queue = destination.queue()?;
+        let dropped = queue.dropped();
         let provider = SdkTracerProvider::builder()
             .with_resource(resource())
-            .with_batch_exporter(exporter)
+            .with_span_processor(queue)
             .build();
         Ok(Self {
             tracer: provider.tracer("lnv"),
             provider,
             propagator: TraceContextPropagator::new(),
+            dropped,
         })
+    }
+
+    /// How many spans did not arrive, so far.
+    pub fn dropped(&self) -> u64 {
+        self.dropped.count()
     }
 
     /// The trace that a request belongs to by its `traceparent`; empty where it has none.
@@ -152,26 +125,6 @@ impl Traces {
             tracing::warn!(target: "lnv::serve", "the last traces did not reach their collector");
         }
     }
-}
-
-/// The receiver of a collector at `endpoint`.
-fn address(endpoint: &str) -> Result<Url> {
-    let wrong = |what: &str| {
-        format!("--otlp-endpoint {what}: give a collector's address, such as http://localhost:4318")
-    };
-    let mut url = Url::parse(endpoint).map_err(|_| anyhow::anyhow!(wrong("is no address")))?;
-    if !matches!(url.scheme(), "http" | "https") {
-        bail!(wrong("is neither an http nor an https address"));
-    }
-    if !url.username().is_empty() || url.password().is_some() {
-        bail!("--otlp-endpoint names a user: send keys by OTEL_EXPORTER_OTLP_HEADERS instead");
-    }
-    if url.query().is_some() || url.fragment().is_some() {
-        bail!(wrong("has more than a path"));
-    }
-    let path = format!("{}/{PATH}", url.path().trim_end_matches('/'));
-    url.set_path(&path);
-    Ok(url)
 }
 
 /// What the spans come from: as the environment has it, by default `lnv`.
@@ -285,77 +238,12 @@ impl Extractor for Headers<'_> {
     }
 }
 
-/// The way to a collector.
-#[derive(Debug)]
-struct Collector {
-    agent: ureq::Agent,
-    url: String,
-    /// When it was last said that nothing arrives.
-    warned: Mutex<Option<Instant>>,
-}
-
-impl Collector {
-    fn new(url: &Url) -> Self {
-        let config = ureq::Agent::config_builder()
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .timeout_global(Some(SEND))
-            .user_agent(concat!("lnv/", env!("CARGO_PKG_VERSION")));
-        Self {
-            agent: config.build().into(),
-            url: url.to_string(),
-            warned: Mutex::new(None),
-        }
-    }
-
-    fn send(&self, request: Request<Bytes>) -> Result<Response<Bytes>, ureq::Error> {
-        let (head, body) = request.into_parts();
-        let request = Request::from_parts(head, &body[..]);
-        let (head, mut body) = self.agent.run(request)?.into_parts();
-        let body = body.with_config().limit(MAX_ANSWER).read_to_vec()?;
-        Ok(Response::from_parts(head, body.into()))
-    }
-
-    /// Says that nothing arrives, once in a while.
-    fn warn(&self, reason: &str) {
-        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
-        if warned.is_some_and(|last| last.elapsed() < QUIET) {
-            return;
-        }
-        *warned = Some(Instant::now());
-        tracing::warn!(
-            target: "lnv::serve",
-            "traces do not reach {} ({reason}): start a collector there, or serve without --otlp-endpoint",
-            self.url
-        );
-    }
-}
-
-#[async_trait]
-impl HttpClient for Collector {
-    /// Blocks: the exporter calls it on a thread of its own.
-    async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
-        let sent = self.send(request);
-        match &sent {
-            Ok(answer) if answer.status().is_success() => {}
-            Ok(answer) => self.warn(&format!(
-                "it answers with status {}",
-                answer.status().as_u16()
-            )),
-            Err(ureq::Error::Io(cause)) => self.warn(&io_reason(cause)),
-            Err(ureq::Error::Timeout(_)) => self.warn("it takes too long"),
-            Err(ureq::Error::HostNotFound) => self.warn("there is no such host"),
-            Err(cause) => self.warn(&cause.to_string()),
-        }
-        Ok(sent?)
-    }
-}
-
-/// Traces where they are asked for.
+/// Traces where they are asked for, by an option or by the environment.
+///
+/// # Errors
+/// What is asked for is not there.
 pub fn wanted(endpoint: Option<&str>) -> Result<Option<Arc<Traces>>> {
-    // An empty variable is as good as none.
-    let endpoint = endpoint.filter(|endpoint| !endpoint.trim().is_empty());
-    let traces = endpoint.map(|endpoint| Traces::start(endpoint.trim()));
+    let traces = Destination::find(endpoint)?.map(Traces::start);
     Ok(traces.transpose()?.map(Arc::new))
 }
 
@@ -364,31 +252,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_are_those_of_collectors() {
-        let path = |endpoint: &str| address(endpoint).expect(endpoint).to_string();
-        assert_eq!(
-            path("http://localhost:4318"),
-            "http://localhost:4318/v1/traces"
-        );
-        assert_eq!(
-            path("https://a.example/otlp/"),
-            "https://a.example/otlp/v1/traces"
-        );
-        for endpoint in [
-            "localhost:4318",
-            "4318",
-            "grpc://a:4317",
-            "http://a:b@c",
-            "http://a/?x=1",
-        ] {
-            let refused = address(endpoint).expect_err(endpoint).to_string();
-            assert!(refused.starts_with("--otlp-endpoint "), "{refused}");
-        }
-    }
-
-    #[test]
     fn a_callers_trace_is_read_and_nonsense_is_not() {
-        let traces = Traces::start("http://127.0.0.1:1").expect("starts");
+        let traces = wanted(Some("http://127.0.0.1:1")).expect("starts");
+        let traces = traces.expect("asked for");
         let caller = |pairs: &[(&'static str, &str)]| {
             let mut headers = HeaderMap::new();
             for (name, value) in pairs {

@@ -80,6 +80,8 @@ pub fn lnv() -> Command {
         "all_proxy",
         "LNV_LOG",
         "OTEL_EXPORTER_OTLP_ENDPOINT",
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+        "OTEL_SDK_DISABLED",
     ] {
         command.env_remove(name);
     }

@@ -17,6 +17,7 @@ pub mod logits;
 mod pace;
 mod pass;
 pub mod prefix;
+mod recall;
 mod request;
 mod room;
 mod runner;

@@ -2,8 +2,8 @@
 //!
 //! Decision: one file a picture in a directory that several processes may share, under a budget of bytes;
 //! the file unused longest goes first, by its time. Files are written by a thread of their own, out of a
-//! queue that takes what fits and refuses the rest, and appear under their name when they are whole. They
-//! are read on the engine's thread, where the picture would have to be encoded otherwise. A store is
+//! queue that takes what fits and refuses the rest, and appear under their name when they are whole. Reading
+//! takes as long as the disk does, so that the engine has it done beside it (`recall.rs`). A store is
 //! there to save time and nothing else: what cannot be read is encoded, what cannot be written is not,
 //! and no request ever hears of it.
 

@@ -333,7 +333,23 @@ impl Job {
             .filter_map(|(index, unit)| Some((index, unit.picture.as_ref()?)))
     }
 
-    /// The same by name.
+    /// Those of them that must be encoded: where features are `stored`, only once they were looked for in vain.
+    pub fn to_encode(&self, stored: bool) -> impl Iterator<Item = &Picture> + '_ {
+        let unseen = self.unseen();
+        unseen
+            .filter(move |(unit, _)| !stored || self.units[*unit].not_on_disk)
+            .map(|(_, picture)| picture)
+    }
+
+    /// Marks a picture that the disk does not have.
+    pub fn mark_not_on_disk(&mut self, digest: &Digest) {
+        for unit in &mut self.units {
+            let picture = unit.picture.as_ref();
+            unit.not_on_disk |= picture.is_some_and(|picture| picture.digest == *digest);
+        }
+    }
+
+    /// The unseen by name.
     pub fn unseen_digests(&self) -> Vec<(usize, Digest)> {
         let name = |(unit, picture): (usize, &Picture)| (unit, picture.digest);
         self.unseen().map(name).collect()

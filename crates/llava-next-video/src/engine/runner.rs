@@ -20,6 +20,7 @@ use super::feature_store::FeatureStore;
 use super::features::FeatureCache;
 use super::job::{Job, Prepared, Stage};
 use super::pace::{Pace, Prefer};
+use super::recall::Recall;
 use super::request::{Event, FinishReason, Generation, GenerationOptions};
 use super::service::{RequestEvent, RequestId, ServiceStats};
 use super::sight::{Seen, Sight};
@@ -75,6 +76,8 @@ pub struct Engine {
     pub(super) blocks: BlockManager,
     features: FeatureCache,
     store: Option<Arc<FeatureStore>>,
+    /// Where a store is to be read.
+    pub(super) recall: Option<Recall>,
     /// By arrival; those that were put back come first.
     pub(super) waiting: Vec<Job>,
     /// By when they began to run.
@@ -106,6 +109,7 @@ impl Engine {
             blocks,
             features: FeatureCache::new(limits.feature_bytes),
             store: None,
+            recall: None,
             waiting: Vec::new(),
             running: Vec::new(),
             sight: None,
@@ -141,7 +145,8 @@ impl Engine {
 
     /// Keeps features of pictures on disk too; the store must have been opened for this model.
     pub fn set_feature_store(&mut self, store: Arc<FeatureStore>) {
-        self.store = Some(store);
+        self.store = Some(Arc::clone(&store));
+        self.recall = Some(Recall::new(move |digest, shape| store.get(digest, shape)));
     }
 
     /// Bytes of the cache.
@@ -256,7 +261,7 @@ impl Engine {
         self.sweep(sink);
         let passed = self.pass(begun.elapsed(), sink);
         self.pick(text, sink);
-        looked || passed
+        looked || passed || self.recall.as_mut().is_some_and(Recall::wait)
     }
 
     /// Takes the frames that have arrived; a request whose frames will not all come is over.
@@ -293,13 +298,12 @@ impl Engine {
         let few = until.is_some();
         loop {
             self.stats.features_found += self.recognise(sink);
-            if !self.remember(until, sink) {
-                break;
-            }
+            self.remember(sink);
             if self.sight.is_none() {
                 let mut prefills = (self.running.iter_mut()).filter(|j| j.stage == Stage::Prefill);
+                let how = (few, self.recall.is_some());
                 let begun =
-                    prefills.find_map(|job| Some((Sight::begin(&self.model, job, few)?, job)));
+                    prefills.find_map(|job| Some((Sight::begin(&self.model, job, how)?, job)));
                 if let Some((sight, job)) = begun {
                     let (done, total) = job.seen;
                     let event = RequestEvent::Progress(Event::Vision { done, total });
@@ -349,41 +353,36 @@ impl Engine {
         looked
     }
 
-    /// Reads from disk what is there of the pictures that wait to be seen, whoever asks. False where more
-    /// may be there and the time is up; at least one is read.
-    fn remember(&mut self, until: Option<Instant>, sink: Sink<'_>) -> bool {
-        let Some(store) = &self.store else {
-            return true;
+    /// Takes what the disk has of the pictures that wait to be seen, whoever asks, and asks it for more.
+    fn remember(&mut self, sink: Sink<'_>) {
+        let Some(recall) = &mut self.recall else {
+            return;
         };
-        let columns = self.model.config().text_config.hidden_size;
-        let up = || until.is_some_and(|until| Instant::now() >= until);
         // Held until they have been given to those who wait for them.
         let mut held = Vec::new();
-        let mut all = true;
-        let prefills = |job: &&mut Job| job.stage == Stage::Prefill;
-        'jobs: for job in self.running.iter_mut().filter(prefills) {
-            let begun = Instant::now();
-            for (unit, digest) in job.unseen_digests() {
-                let unit = &mut job.units[unit];
-                if unit.not_on_disk || self.features.get(&digest).is_some() {
-                    continue;
-                }
-                if !held.is_empty() && up() {
-                    all = false;
-                    break 'jobs;
-                }
-                match store.get(&digest, (unit.positions.len(), columns)) {
-                    Some(found) => held.push(self.features.insert(digest, found)),
-                    None => unit.not_on_disk = true,
-                }
+        for (digest, found) in recall.take() {
+            match found {
+                Some(found) => held.push(self.features.insert(digest, found)),
+                None => (self.running.iter_mut()).for_each(|job| job.mark_not_on_disk(&digest)),
             }
-            job.timings.vision_s += begun.elapsed().as_secs_f64();
         }
-        self.stats.features_read += held.len();
         if !held.is_empty() {
+            self.stats.features_read += held.len();
             self.recognise(sink);
         }
-        all
+        let columns = self.model.config().text_config.hidden_size;
+        let Some(recall) = &mut self.recall else {
+            return;
+        };
+        let prefills = |job: &&Job| job.stage == Stage::Prefill;
+        for job in self.running.iter().filter(prefills) {
+            for (unit, digest) in job.unseen_digests() {
+                let unit = &job.units[unit];
+                if !unit.not_on_disk && self.features.get(&digest).is_none() {
+                    recall.ask(digest, (unit.positions.len(), columns));
+                }
+            }
+        }
     }
 
     /// Whether a prompt could go on without seeing more.

@@ -46,10 +46,15 @@ pub(crate) enum Seen {
 }
 
 impl Sight {
-    /// A pass of what `job` is to see next; `few` for as short a pass as possible.
-    pub fn begin(model: &LlavaNextVideoModel, job: &Job, few: bool) -> Option<Sight> {
+    /// A pass of what `job` is to see next; `few` for as short a pass as possible, `stored` where features may be
+    /// on disk instead.
+    pub fn begin(
+        model: &LlavaNextVideoModel,
+        job: &Job,
+        (few, stored): (bool, bool),
+    ) -> Option<Sight> {
         let most = if few { 1 } else { PICTURES_PER_PASS };
-        let (_, first) = job.unseen().next()?;
+        let first = job.to_encode(stored).next()?;
         let (tower, ops) = (model.vision_tower(), model.ops());
         if let Source::Image(image) = &first.source {
             let image = image.clone();
@@ -64,7 +69,7 @@ impl Sight {
             return Some(Sight::tiles(model, job.id, tiles, most));
         }
         let (mut digests, mut pictures): (Vec<Digest>, Vec<&[f32]>) = (Vec::new(), Vec::new());
-        for (_, picture) in job.unseen() {
+        for picture in job.to_encode(stored) {
             if let Source::Frame(pixels, index) = &picture.source
                 && !digests.contains(&picture.digest)
             {

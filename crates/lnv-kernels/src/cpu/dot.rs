@@ -134,6 +134,10 @@ impl Dot {
         )))
     }
     #[inline(always)]
+    pub(crate) fn add(self, a: F, b: F) -> F {
+        with_features!(_mm512_add_ps(a, b))
+    }
+    #[inline(always)]
     pub(crate) fn sub(self, a: F, b: F) -> F {
         with_features!(_mm512_sub_ps(a, b))
     }
@@ -182,6 +186,14 @@ impl Dot {
             let b = std::mem::transmute::<__m512i, __m512bh>(b);
             _mm512_dpbf16_ps(acc, a, b)
         })
+    }
+    /// The first bf16 of the pair in each lane, and the second.
+    #[inline(always)]
+    pub(crate) fn halves(self, pairs: I) -> [F; 2] {
+        with_features!([
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)),
+            _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-0x1_0000))),
+        ])
     }
     /// `first`, then `second`, as 32 bf16 side by side: nearest, ties to even.
     #[inline(always)]

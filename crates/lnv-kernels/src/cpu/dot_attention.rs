@@ -17,6 +17,7 @@
 mod amx;
 mod blocks;
 mod fetch;
+mod few;
 mod narrow;
 mod pack;
 mod wide;
@@ -119,7 +120,7 @@ impl By {
     fn scratch_len(self, form: Record) -> usize {
         match self {
             By::Dot => wide::scratch_len(form).max(narrow::scratch_len(form)),
-            By::Amx => amx::scratch_len(form),
+            By::Amx => amx::scratch_len(form).max(few::scratch_len(form)),
         }
     }
 }
@@ -522,6 +523,16 @@ impl Job<'_> {
                         fetch,
                     })
                 };
+            }
+            if matches!(self.by, By::Amx) && few::suits(self.form, rows.len()) {
+                return Dot::launch(few::Few {
+                    job: self,
+                    blocks,
+                    rows,
+                    seen,
+                    scratch,
+                    state,
+                });
             }
             if matches!(self.by, By::Amx) {
                 return Dot::launch(amx::Tiled {

@@ -230,7 +230,7 @@ fn a_prompt_has_the_same_bits_in_every_chunking() {
 /// So long that the keys are cut into segments, which threads may take apart.
 #[test]
 fn a_long_prompt_has_the_same_bits_in_every_chunking() {
-    for (heads, dtype) in [heads(2, 2, 16), heads(3, 1, 8)]
+    for (heads, dtype) in [heads(2, 2, 16), heads(3, 1, 8), heads(2, 1, 32)]
         .into_iter()
         .flat_map(|h| DTYPES.map(|d| (h, d)))
     {

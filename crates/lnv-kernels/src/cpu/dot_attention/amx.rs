@@ -4,9 +4,8 @@
 //! of 32 keys counted from the start of the sequence: a product makes the chunk's scores, row by row,
 //! and vector registers make them the probabilities of one left factor. A group of chunks later they
 //! multiply their values, 32 columns a chunk, so that work of both kinds is near to each other; a product
-//! with the value 1 sums them. A cache's keys and values are right factors where they lie. One row takes
-//! the same way as 32: with few of them the cache is what costs, and the products are done before the
-//! next of it has come.
+//! with the value 1 sums them. A cache's keys and values are right factors where they lie. Up to four
+//! rows go another way to the same bits ([`few`](super::few)).
 //!
 //! A sum is one chain over chunks (or over 32 values along the head), each the product of
 //! [`Kind::Bf16`](crate::cpu::amx::Kind), whatever the other rows are. That no probability of a chunk is
@@ -30,9 +29,9 @@ use crate::kv_cache::{KV_BLOCK, Record};
 /// Query rows of the largest tile.
 pub(super) const ROWS: usize = 2 * amx::ROWS;
 /// Keys that are looked at together: as many as a left factor has values in a row.
-const CHUNK: usize = 2 * LANES;
+pub(super) const CHUNK: usize = 2 * LANES;
 /// Pairs in a row of a left factor; rows of a right one.
-const PAIRS: usize = LANES;
+pub(super) const PAIRS: usize = LANES;
 /// The most chunks of a group.
 const GROUP: usize = 4;
 /// Blocks that are in use at a time: those of two groups, and the next.
@@ -667,7 +666,7 @@ impl Tile<'_> {
 /// The bits of `2^(score - max)` for a whole `max`, of which the upper half is rounded to bf16: within
 /// 0.51 of its last place, and zero below 2⁻¹²⁶.
 #[inline(always)]
-fn power(dot: Dot, score: F, max: F) -> I {
+pub(super) fn power(dot: Dot, score: F, max: F) -> I {
     // As super::power, but that the difference is taken first, which spares an instruction: it is
     // rounded where it is large, to far less than a bf16's last place.
     const HALF: f32 = 1.0 / 256.0;

@@ -86,18 +86,18 @@ impl DotKernel for Narrow<'_> {
 }
 
 /// What is read now and what after that, as far as it lies in memory.
-struct Ahead {
-    record: *const u32,
-    next: *const u32,
-    len: usize,
+pub(super) struct Ahead {
+    pub(super) record: *const u32,
+    pub(super) next: *const u32,
+    pub(super) len: usize,
     /// Whether that is to be fetched here.
-    worth: bool,
+    pub(super) worth: bool,
 }
 
 impl Ahead {
     /// Fetches what lies [`AHEAD`] of place `at` of the record, `len` in length.
     #[inline(always)]
-    fn fetch(&self, dot: Dot, at: usize, len: usize) {
+    pub(super) fn fetch(&self, dot: Dot, at: usize, len: usize) {
         let at = at + AHEAD;
         let from = if at < self.len {
             self.record.wrapping_add(at)

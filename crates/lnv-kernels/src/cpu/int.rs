@@ -42,7 +42,6 @@ pub(crate) trait Ints: Copy {
     /// Sums that wrap.
     fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
     fn and(self, a: Self::I, b: Self::I) -> Self::I;
-    fn xor(self, a: Self::I, b: Self::I) -> Self::I;
     /// Lanes to the left.
     fn left(self, a: Self::I, bits: i32) -> Self::I;
     /// Lanes of 16 bits to the left.
@@ -116,10 +115,6 @@ impl Ints for Avx2 {
         with_features!(_mm256_and_si256(a, b))
     }
     #[inline(always)]
-    fn xor(self, a: __m256i, b: __m256i) -> __m256i {
-        with_features!(_mm256_xor_si256(a, b))
-    }
-    #[inline(always)]
     fn left(self, a: __m256i, bits: i32) -> __m256i {
         with_features!(_mm256_sll_epi32(a, _mm_cvtsi32_si128(bits)))
     }
@@ -186,10 +181,6 @@ impl Ints for Avx512 {
     #[inline(always)]
     fn and(self, a: __m512i, b: __m512i) -> __m512i {
         with_features!(_mm512_and_si512(a, b))
-    }
-    #[inline(always)]
-    fn xor(self, a: __m512i, b: __m512i) -> __m512i {
-        with_features!(_mm512_xor_si512(a, b))
     }
     #[inline(always)]
     fn left(self, a: __m512i, bits: i32) -> __m512i {

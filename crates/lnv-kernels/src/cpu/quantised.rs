@@ -207,11 +207,7 @@ impl<D: Dot> Q4<D> {
     /// [`Format::unpack`], by request to signed bytes: without the 128 that is added to each level.
     #[inline(always)]
     pub(crate) fn unpack_as<S: Simd, const SIGNED: bool>(s: S, w: &[u8], out: &mut [u8]) {
-        let zero = s.splat_i(if SIGNED {
-            i32::from_ne_bytes([q4::ZERO; 4])
-        } else {
-            0
-        });
+        let table = if SIGNED { &SIGNED_BYTES } else { &q4::BYTES };
         let groups = out.chunks_exact_mut(BYTES_GROUP);
         for (w, out) in w.chunks_exact(q4::GROUP_BYTES).zip(groups) {
             for eight in 0..q4::GROUP / 8 {
@@ -219,10 +215,10 @@ impl<D: Dot> Q4<D> {
                     // SAFETY: within a group's codes; a register's bytes are read, and written twice.
                     unsafe {
                         let codes = s.load_i(w.as_ptr().add(4 * (eight * PANEL + at)));
-                        let (low, high) = levels(s, codes);
+                        let (low, high) = look_up(s, table, codes);
                         let out = out.as_mut_ptr().add(4 * (2 * eight * PANEL + at));
-                        s.store(out.cast(), s.floats(s.xor(low, zero)));
-                        s.store(out.add(4 * PANEL).cast(), s.floats(s.xor(high, zero)));
+                        s.store(out.cast(), s.floats(low));
+                        s.store(out.add(4 * PANEL).cast(), s.floats(high));
                     }
                 }
             }
@@ -241,11 +237,28 @@ impl<D: Dot> Q4<D> {
 /// The levels of a register of codes: of four values of k, and of the next four.
 #[inline(always)]
 fn levels<S: Simd>(s: S, codes: S::I) -> (S::I, S::I) {
+    look_up(s, &q4::BYTES, codes)
+}
+
+/// As [`levels`], by a table.
+#[inline(always)]
+fn look_up<S: Simd>(s: S, table: &[u8; 16], codes: S::I) -> (S::I, S::I) {
     let mask = s.splat_i(0x0f0f_0f0f);
-    let low = s.look_up(&q4::BYTES, s.and(codes, mask));
-    let high = s.look_up(&q4::BYTES, s.and(s.right16::<4>(codes), mask));
+    let low = s.look_up(table, s.and(codes, mask));
+    let high = s.look_up(table, s.and(s.right16::<4>(codes), mask));
     (low, high)
 }
+
+/// The levels as signed bytes.
+const SIGNED_BYTES: [u8; 16] = {
+    let mut bytes = q4::BYTES;
+    let mut code = 0;
+    while code < 16 {
+        bytes[code] ^= q4::ZERO;
+        code += 1;
+    }
+    bytes
+};
 
 /// What the integer sums of a group start with.
 ///

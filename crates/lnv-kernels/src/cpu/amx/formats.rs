@@ -14,6 +14,7 @@
 
 use std::arch::x86_64::{__m512i, _mm512_cvtne2ps_pbh, _mm512_loadu_ps, _mm512_storeu_si512};
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 
 use super::{
     Bf16, Multiply, PIECE, ROW_BYTES, ROWS, Signed, SignedUnsigned, Tiles, add_product, load,
@@ -21,7 +22,7 @@ use super::{
 };
 use crate::cpu::bnb::{self, Bnb4, Int8, Pairs, Values, WORD, Wide};
 use crate::cpu::formats::{DotBf16, Format, Head, fetch_line, round_bf16};
-use crate::cpu::gemm::{PACK, Tile};
+use crate::cpu::gemm::{Ahead, PACK, Tile};
 use crate::cpu::int::Vnni;
 use crate::cpu::quantised::{Q4, Q4Bytes, Q8};
 use crate::cpu::simd::{Kernel, Simd};
@@ -299,8 +300,8 @@ impl<T: Values> Format for AmxBnb4<T> {
     const UNIT: usize = Self::A_PER_STEP;
     type Unpacked = <Bnb4<Pairs, T> as Format>::Unpacked;
     const UNPACKS: bool = true;
-    // Some groups, for their sums pass through memory.
-    const PANEL_BLOCK: usize = 64 << 10;
+    // Four groups: as with [`AmxQ4`], they stay in the first-level cache.
+    const PANEL_BLOCK: usize = 18 << 10;
 
     #[inline(always)]
     fn unpack<S: Simd>(s: S, w: &[u8], out: &mut [u8]) {
@@ -424,73 +425,119 @@ unsafe fn grouped<S: Simd, G: Grouped>(
     more: bool,
 ) {
     let rows = tiles.rows();
-    let unit = rows * G::UNIT;
     let group = G::FACTORS * FACTOR + 4 * PANEL;
     assert!(S::LANES == ROWS && sums.len() == rows * PANEL);
-    assert!(t.a.len() >= t.steps * unit && t.w.len() == t.steps * group);
-    let mut ahead = t.ahead.over(4 * t.steps);
-    let mut waiting = Waiting([[0.0; ROWS * ROWS]; TURNS]);
-    let mut steps = Steps([0.0; ROWS]);
+    assert!(t.a.len() >= t.steps * rows * G::UNIT && t.w.len() == t.steps * group);
+    let mut ahead = t.ahead.over(2 * rows.div_ceil(ROWS) * t.steps);
     for first in (0..rows).step_by(ROWS) {
-        let live = ROWS.min(rows - first);
         for column in [0, ROWS] {
-            let mut acc = [s.splat(0.0); ROWS];
-            let place = sums[first * PANEL + column..].as_mut_ptr();
-            if more {
-                for (row, acc) in acc.iter_mut().enumerate() {
-                    // Not `take(live)`: a loop of unknown length would keep the sums in memory.
-                    if row < live {
-                        // SAFETY: a live row of sums.
-                        *acc = unsafe { s.load(place.add(row * PANEL)) };
-                    }
-                }
-            }
-            for step in 0..t.steps + BEHIND {
-                // SAFETY: the lengths were checked; a left factor's rows that are not live are not in its
-                // register, and have the step zero.
-                unsafe {
-                    if step < t.steps {
-                        ahead.fetch();
-                        let a = t.a.as_ptr().add(step * unit + first * PIECE);
-                        let w = t.w.as_ptr().add(step * group + 4 * column);
-                        let out = waiting.0[step % TURNS].as_mut_ptr();
-                        match (first == 0, step % 2) {
-                            (true, 0) => product::<G, 0, 6, 4>(a, rows, w, out),
-                            (true, _) => product::<G, 1, 6, 5>(a, rows, w, out),
-                            (false, 0) => product::<G, 2, 7, 4>(a, rows, w, out),
-                            (false, _) => product::<G, 3, 7, 5>(a, rows, w, out),
-                        }
-                    }
-                    if step >= BEHIND {
-                        let step = step - BEHIND;
-                        let row_steps =
-                            t.a.as_ptr().add(step * unit + (G::UNIT - 1) * rows + first);
-                        s.store(steps.0.as_mut_ptr(), s.load_part(row_steps.cast(), live));
-                        // Read again one by one: the compiler would rather shuffle a register of them,
-                        // which takes the port that the sums need.
-                        let steps = std::hint::black_box(steps.0.as_ptr());
-                        let scales = t.w.as_ptr().add((step + 1) * group - 4 * (PANEL - column));
-                        let scales = s.load(scales.cast());
-                        let sums = waiting.0[step % TURNS].as_ptr();
-                        for (row, acc) in acc.iter_mut().enumerate() {
-                            let sums = s.load(sums.add(row * ROWS));
-                            *acc = G::add(s, *acc, sums, scales, *steps.add(row));
-                        }
-                    }
-                }
-            }
-            for (row, acc) in acc.iter().enumerate() {
-                if row < live {
-                    // SAFETY: a live row of sums.
-                    unsafe { s.store(place.add(row * PANEL), *acc) };
+            let place = (first, column);
+            // SAFETY: the lengths were checked, and the place is in the tile.
+            unsafe {
+                if rows - first <= ROWS / 2 {
+                    grouped_register::<S, G, { ROWS / 2 }>(
+                        s, t, sums, more, rows, place, &mut ahead,
+                    );
+                } else {
+                    grouped_register::<S, G, ROWS>(s, t, sums, more, rows, place, &mut ahead);
                 }
             }
         }
     }
 }
 
+/// [`grouped`] for the sums of one register, those from row `first` and `column` on, of which at most MOST
+/// rows are live: what is not costs time in vector registers.
+///
+/// # Safety
+/// As there; the place is in the tile.
+#[inline(always)]
+unsafe fn grouped_register<S: Simd, G: Grouped, const MOST: usize>(
+    s: S,
+    t: &Tile<'_>,
+    sums: &mut [f32],
+    more: bool,
+    rows: usize,
+    (first, column): (usize, usize),
+    ahead: &mut Ahead,
+) {
+    let live = MOST.min(rows - first);
+    let (unit, group) = (rows * G::UNIT, G::FACTORS * FACTOR + 4 * PANEL);
+    // Not zeroed as a whole, which would take a twentieth of the time: only what no register is stored to.
+    let mut waiting = MaybeUninit::<Waiting>::uninit();
+    // SAFETY: only its address is taken.
+    let waiting: *mut f32 = unsafe { (&raw mut (*waiting.as_mut_ptr()).0).cast() };
+    for turn in 0..TURNS {
+        // SAFETY: inside its turn's rows.
+        unsafe {
+            let behind = waiting.add((turn * ROWS + live) * ROWS);
+            behind.write_bytes(0, (MOST - live) * ROWS);
+        }
+    }
+    let mut steps = Steps([0.0; ROWS]);
+    let mut acc = [s.splat(0.0); MOST];
+    let place = sums[first * PANEL + column..].as_mut_ptr();
+    if more {
+        for (row, acc) in acc.iter_mut().enumerate() {
+            // Not `take(live)`: a loop of unknown length would keep the sums in memory.
+            if row < live {
+                // SAFETY: a live row of sums.
+                *acc = unsafe { s.load(place.add(row * PANEL)) };
+            }
+        }
+    }
+    for step in 0..t.steps + BEHIND {
+        let turn = |step: usize| waiting.wrapping_add(step % TURNS * ROWS * ROWS);
+        // SAFETY: the caller's contract; a left factor's rows that are not live are not in its register, and
+        // have the step zero.
+        unsafe {
+            if step < t.steps {
+                ahead.fetch();
+                let a = t.a.as_ptr().add(step * unit + first * PIECE);
+                let w = t.w.as_ptr().add(step * group + 4 * column);
+                match (first == 0, step % 2) {
+                    (true, 0) => product::<G, 0, 6, 4>(a, rows, w),
+                    (true, _) => product::<G, 1, 6, 5>(a, rows, w),
+                    (false, 0) => product::<G, 2, 7, 4>(a, rows, w),
+                    (false, _) => product::<G, 3, 7, 5>(a, rows, w),
+                }
+            }
+            // A product later, when it is there: a store that has to wait holds up what follows.
+            if step > 0 && step <= t.steps {
+                let out = turn(step - 1).cast();
+                match (first == 0, step % 2) {
+                    (true, 0) => store::<1>(out, ROW_BYTES),
+                    (true, _) => store::<0>(out, ROW_BYTES),
+                    (false, 0) => store::<3>(out, ROW_BYTES),
+                    (false, _) => store::<2>(out, ROW_BYTES),
+                }
+            }
+            if step >= BEHIND {
+                let step = step - BEHIND;
+                let row_steps = t.a.as_ptr().add(step * unit + (G::UNIT - 1) * rows + first);
+                s.store(steps.0.as_mut_ptr(), s.load_part(row_steps.cast(), live));
+                // Read again one by one: the compiler would rather shuffle a register of them, which takes
+                // the port that the sums need.
+                let steps = std::hint::black_box(steps.0.as_ptr());
+                let scales = t.w.as_ptr().add((step + 1) * group - 4 * (PANEL - column));
+                let scales = s.load(scales.cast());
+                for (row, acc) in acc.iter_mut().enumerate() {
+                    let sums = s.load(turn(step).add(row * ROWS));
+                    *acc = G::add(s, *acc, sums, scales, *steps.add(row));
+                }
+            }
+        }
+    }
+    for (row, acc) in acc.iter().enumerate() {
+        if row < live {
+            // SAFETY: a live row of sums.
+            unsafe { s.store(place.add(row * PANEL), *acc) };
+        }
+    }
+}
+
 /// Groups by which sums follow their products, so that these are there.
-const BEHIND: usize = 3;
+const BEHIND: usize = 4;
 /// Groups whose sums wait.
 const TURNS: usize = 4;
 
@@ -502,16 +549,15 @@ struct Waiting([[f32; ROWS * ROWS]; TURNS]);
 #[repr(align(64))]
 struct Steps([f32; ROWS]);
 
-/// A group's product by sums C and left factor A, to `out`.
+/// A group's product, in sums C, by left factor A.
 ///
 /// # Safety
-/// As [`add_product`]; `out` takes 16 rows of 16.
+/// As [`add_product`].
 #[inline(always)]
 unsafe fn product<G: Grouped, const C: u8, const A: u8, const B: u8>(
     a: *const u32,
     rows: usize,
     w: *const u8,
-    out: *mut f32,
 ) {
     // SAFETY: the caller's contract.
     unsafe {
@@ -521,6 +567,5 @@ unsafe fn product<G: Grouped, const C: u8, const A: u8, const B: u8>(
             load::<B>(w.add(factor * FACTOR), STRIDE);
             multiply::<G::Multiply, C, A, B>();
         }
-        store::<C>(out.cast(), ROW_BYTES);
     }
 }

@@ -475,6 +475,7 @@ unsafe fn grouped_register<S: Simd, G: Grouped, const MOST: usize>(
         }
     }
     let mut steps = Steps([0.0; ROWS]);
+    let late = usize::from(!t.alone);
     let mut acc = [s.splat(0.0); MOST];
     let place = sums[first * PANEL + column..].as_mut_ptr();
     if more {
@@ -502,14 +503,15 @@ unsafe fn grouped_register<S: Simd, G: Grouped, const MOST: usize>(
                     (false, _) => product::<G, 3, 7, 5>(a, rows, w),
                 }
             }
-            // A product later, when it is there: a store that has to wait holds up what follows.
-            if step > 0 && step <= t.steps {
-                let out = turn(step - 1).cast();
-                match (first == 0, step % 2) {
-                    (true, 0) => store::<1>(out, ROW_BYTES),
-                    (true, _) => store::<0>(out, ROW_BYTES),
-                    (false, 0) => store::<3>(out, ROW_BYTES),
-                    (false, _) => store::<2>(out, ROW_BYTES),
+            // A product later, when it is there: a store that has to wait holds up what follows. With one
+            // tile of rows, whose panel comes from memory, that brings nothing.
+            if step >= late && step < t.steps + late {
+                let out = turn(step - late).cast();
+                match (first == 0, (step - late) % 2) {
+                    (true, 0) => store::<0>(out, ROW_BYTES),
+                    (true, _) => store::<1>(out, ROW_BYTES),
+                    (false, 0) => store::<2>(out, ROW_BYTES),
+                    (false, _) => store::<3>(out, ROW_BYTES),
                 }
             }
             if step >= BEHIND {
@@ -537,7 +539,7 @@ unsafe fn grouped_register<S: Simd, G: Grouped, const MOST: usize>(
 }
 
 /// Groups by which sums follow their products, so that these are there.
-const BEHIND: usize = 4;
+const BEHIND: usize = 3;
 /// Groups whose sums wait.
 const TURNS: usize = 4;
 

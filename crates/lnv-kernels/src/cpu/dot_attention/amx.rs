@@ -19,11 +19,12 @@ use std::ops::Range;
 
 use super::blocks::Blocks;
 use super::fetch::Fetch;
+use super::few::{reference, seen_of, weights};
 use super::{Job, LIMIT, ONES, State, pack};
 use crate::cpu::amx::{
     self, Bf16, ROW_BYTES, Tiles, add_product, load, multiply, store, store_sums, zero_sums,
 };
-use crate::cpu::dot::{Dot, DotKernel, F, I, LANES};
+use crate::cpu::dot::{Dot, DotKernel, I, LANES};
 use crate::kv_cache::{KV_BLOCK, Record};
 
 /// Query rows of the largest tile.
@@ -504,12 +505,8 @@ impl Tile<'_> {
                 let before = *self.max.add(i);
                 let fresh = before == f32::NEG_INFINITY;
                 if fresh || dot.any_word_above(self.weights::<true>(dot, chunk, i), LIMIT) {
-                    let (hidden, seen) = (dot.splat(f32::NEG_INFINITY), self.sees(chunk, i));
                     let scores = self.scores.add(i * CHUNK);
-                    let first = dot.choose(seen as u16, dot.load(scores), hidden);
-                    let second = dot.load(scores.add(LANES));
-                    let second = dot.choose((seen >> LANES) as u16, second, hidden);
-                    let max = dot.largest(dot.max(first, second)).floor();
+                    let max = reference(dot, scores, self.sees(chunk, i));
                     self.max.add(i).write(max);
                     if !fresh {
                         *moved = before - max;
@@ -537,26 +534,15 @@ impl Tile<'_> {
     /// Which of a chunk's keys row `i` sees, a bit each.
     #[inline(always)]
     fn sees(&self, chunk: usize, i: usize) -> u32 {
-        let from = self.from[i].saturating_sub(chunk * CHUNK).min(CHUNK);
-        let to = self.to[i].saturating_sub(chunk * CHUNK).min(CHUNK);
-        ((1_u64 << to) - (1 << from.min(to))) as u32
+        seen_of(chunk, &(self.from[i]..self.to[i]))
     }
 
     /// The probabilities of row `i`; if MASKED, zero for keys that it does not see.
     #[inline(always)]
     unsafe fn weights<const MASKED: bool>(&self, dot: Dot, chunk: usize, i: usize) -> I {
+        let seen = MASKED.then(|| self.sees(chunk, i));
         // SAFETY: see above.
-        unsafe {
-            let (scores, max) = (self.scores.add(i * CHUNK), dot.splat(*self.max.add(i)));
-            let mut first = power(dot, dot.load(scores), max);
-            let mut second = power(dot, dot.load(scores.add(LANES)), max);
-            if MASKED {
-                let seen = self.sees(chunk, i);
-                first = dot.keep_bits(seen as u16, first);
-                second = dot.keep_bits((seen >> LANES) as u16, second);
-            }
-            dot.join_upper(first, second)
-        }
+        unsafe { weights(dot, self.scores.add(i * CHUNK), *self.max.add(i), seen) }
     }
 
     /// Multiplies what was summed of row `i` by a power of two.
@@ -661,19 +647,4 @@ impl Tile<'_> {
             }
         }
     }
-}
-
-/// The bits of `2^(score - max)` for a whole `max`, of which the upper half is rounded to bf16: within
-/// 0.51 of its last place, and zero below 2⁻¹²⁶.
-#[inline(always)]
-pub(super) fn power(dot: Dot, score: F, max: F) -> I {
-    // As super::power, but that the difference is taken first, which spares an instruction: it is
-    // rounded where it is large, to far less than a bf16's last place.
-    const HALF: f32 = 1.0 / 256.0;
-    let x = dot.sub(score, max);
-    let part = dot.fraction(x);
-    let p = dot.fma(dot.splat(0.078_024_52), part, dot.splat(0.226_067_16));
-    let p = dot.fma(p, part, dot.splat(0.695_833_54));
-    let p = dot.fma(p, part, dot.splat(0.999_925_2 + HALF));
-    dot.bits(dot.scale(p, x))
 }

@@ -13,7 +13,7 @@
 
 use std::ops::Range;
 
-use super::amx::{CHUNK, PAIRS, power};
+use super::amx::{CHUNK, PAIRS};
 use super::blocks::Blocks;
 use super::narrow::Ahead;
 use super::{Job, LIMIT, State, pack};
@@ -75,12 +75,7 @@ impl DotKernel for Few<'_> {
             tile.begin(dot);
             for block in tile.seen.start / KV_BLOCK..=last {
                 let record = self.blocks.record(dot, block, room);
-                let ahead = Ahead {
-                    record,
-                    next: self.blocks.ahead(block),
-                    len: form.len(),
-                    worth: self.blocks.in_place(),
-                };
+                let ahead = Ahead::of(self.blocks, block, (record, form.len()));
                 tile.block(dot, block * KV_BLOCK, &ahead);
             }
         }
@@ -223,15 +218,13 @@ impl Tile<'_> {
         for i in 0..self.rows.len() {
             // SAFETY: see above.
             unsafe {
-                let seen = if all_see {
-                    u32::MAX
-                } else {
-                    self.sees(chunk, i)
-                };
-                let mut bits = self.weights(dot, key, i, seen);
+                let seen = seen_of(chunk, &self.job.visible(self.rows.start + i));
+                let scores = self.scores.add(i * KV_BLOCK + key);
+                let some = (!all_see).then_some(seen);
+                let mut bits = weights(dot, scores, *self.max.add(i), some);
                 if chunk == self.first || dot.any_word_above(bits, LIMIT) {
-                    self.move_reference(dot, (chunk, key), i);
-                    bits = self.weights(dot, key, i, self.sees(chunk, i));
+                    self.move_reference(dot, i, reference(dot, scores, seen));
+                    bits = weights(dot, scores, *self.max.add(i), some);
                 }
                 let p = self.p.add(i * CHUNK);
                 let least = dot.splat(f32::MIN_POSITIVE);
@@ -251,20 +244,13 @@ impl Tile<'_> {
         }
     }
 
-    /// Moves the reference point of row `i` to its largest score in this chunk; what was summed so far is
-    /// scaled.
+    /// Moves the reference point of row `i`; what was summed so far is scaled.
     #[inline(always)]
-    unsafe fn move_reference(&mut self, dot: Dot, (chunk, key): (usize, usize), i: usize) {
+    unsafe fn move_reference(&mut self, dot: Dot, i: usize, max: f32) {
         let columns = self.job.form.columns();
         // SAFETY: see above.
         unsafe {
             let before = *self.max.add(i);
-            let (hidden, seen) = (dot.splat(f32::NEG_INFINITY), self.sees(chunk, i));
-            let scores = self.scores.add(i * KV_BLOCK + key);
-            let first = dot.choose(seen as u16, dot.load(scores), hidden);
-            let second = dot.load(scores.add(LANES));
-            let second = dot.choose((seen >> LANES) as u16, second, hidden);
-            let max = dot.largest(dot.max(first, second)).floor();
             self.max.add(i).write(max);
             if before == f32::NEG_INFINITY || before == max {
                 return;
@@ -276,30 +262,6 @@ impl Tile<'_> {
                 let o = self.o.add(i * columns + column);
                 dot.store(o, dot.mul(dot.load(o), factor));
             }
-        }
-    }
-
-    /// Which of a chunk's keys row `i` sees, a bit each.
-    #[inline(always)]
-    fn sees(&self, chunk: usize, i: usize) -> u32 {
-        let sees = self.job.visible(self.rows.start + i);
-        let from = sees.start.saturating_sub(chunk * CHUNK).min(CHUNK);
-        let to = sees.end.saturating_sub(chunk * CHUNK).min(CHUNK);
-        ((1_u64 << to) - (1 << from.min(to))) as u32
-    }
-
-    /// The probabilities of row `i`, zero for keys that are not `seen`.
-    #[inline(always)]
-    unsafe fn weights(&self, dot: Dot, key: usize, i: usize, seen: u32) -> I {
-        // SAFETY: see above.
-        unsafe {
-            let scores = self.scores.add(i * KV_BLOCK + key);
-            let max = dot.splat(*self.max.add(i));
-            let first = power(dot, dot.load(scores), max);
-            let second = power(dot, dot.load(scores.add(LANES)), max);
-            let first = dot.keep_bits(seen as u16, first);
-            let second = dot.keep_bits((seen >> LANES) as u16, second);
-            dot.join_upper(first, second)
         }
     }
 
@@ -390,4 +352,60 @@ fn step(dot: Dot, chains: [F; 2], a: [F; 2], b: [F; 2]) -> [F; 2] {
 /// Both of a pair of bf16.
 fn halves(pair: u32) -> [f32; 2] {
     [pair << 16, pair & 0xffff_0000].map(f32::from_bits)
+}
+
+/// Which keys of a chunk are among those that a row `sees`, a bit each.
+#[inline(always)]
+pub(super) fn seen_of(chunk: usize, sees: &Range<usize>) -> u32 {
+    let from = sees.start.saturating_sub(chunk * CHUNK).min(CHUNK);
+    let to = sees.end.saturating_sub(chunk * CHUNK).min(CHUNK);
+    ((1_u64 << to) - (1 << from.min(to))) as u32
+}
+
+/// The probabilities of a chunk's scores against the reference point `max`; zero for keys that are not `seen`,
+/// where some are not.
+///
+/// # Safety
+/// The scores of a chunk can be read.
+#[inline(always)]
+pub(super) unsafe fn weights(dot: Dot, scores: *const f32, max: f32, seen: Option<u32>) -> I {
+    let max = dot.splat(max);
+    // SAFETY: the caller's contract.
+    let (first, second) = unsafe { (dot.load(scores), dot.load(scores.add(LANES))) };
+    let mut first = power(dot, first, max);
+    let mut second = power(dot, second, max);
+    if let Some(seen) = seen {
+        first = dot.keep_bits(seen as u16, first);
+        second = dot.keep_bits((seen >> LANES) as u16, second);
+    }
+    dot.join_upper(first, second)
+}
+
+/// The reference point by a chunk's scores: the largest of those that are `seen`, as a whole number.
+///
+/// # Safety
+/// The scores of a chunk can be read.
+#[inline(always)]
+pub(super) unsafe fn reference(dot: Dot, scores: *const f32, seen: u32) -> f32 {
+    let hidden = dot.splat(f32::NEG_INFINITY);
+    // SAFETY: the caller's contract.
+    let (first, second) = unsafe { (dot.load(scores), dot.load(scores.add(LANES))) };
+    let first = dot.choose(seen as u16, first, hidden);
+    let second = dot.choose((seen >> LANES) as u16, second, hidden);
+    dot.largest(dot.max(first, second)).floor()
+}
+
+/// The bits of `2^(score - max)` for a whole `max`, of which the upper half is rounded to bf16: within
+/// 0.51 of its last place, and zero below 2⁻¹²⁶.
+#[inline(always)]
+fn power(dot: Dot, score: F, max: F) -> I {
+    // As super::power, but that the difference is taken first, which spares an instruction: it is
+    // rounded where it is large, to far less than a bf16's last place.
+    const HALF: f32 = 1.0 / 256.0;
+    let x = dot.sub(score, max);
+    let part = dot.fraction(x);
+    let p = dot.fma(dot.splat(0.078_024_52), part, dot.splat(0.226_067_16));
+    let p = dot.fma(p, part, dot.splat(0.695_833_54));
+    let p = dot.fma(p, part, dot.splat(0.999_925_2 + HALF));
+    dot.bits(dot.scale(p, x))
 }

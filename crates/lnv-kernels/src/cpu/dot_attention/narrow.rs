@@ -73,12 +73,7 @@ impl DotKernel for Narrow<'_> {
             tile.begin(dot);
             for block in self.seen.start / KV_BLOCK..=last {
                 let record = self.blocks.record(dot, block, room);
-                let ahead = Ahead {
-                    record,
-                    next: self.blocks.ahead(block),
-                    len: form.len(),
-                    worth: self.blocks.in_place(),
-                };
+                let ahead = Ahead::of(self.blocks, block, (record, form.len()));
                 tile.block(dot, block * KV_BLOCK, &self.seen, &ahead);
             }
         }
@@ -88,13 +83,27 @@ impl DotKernel for Narrow<'_> {
 /// What is read now and what after that, as far as it lies in memory.
 pub(super) struct Ahead {
     pub(super) record: *const u32,
-    pub(super) next: *const u32,
-    pub(super) len: usize,
+    next: *const u32,
+    len: usize,
     /// Whether that is to be fetched here.
     pub(super) worth: bool,
 }
 
 impl Ahead {
+    /// Of a block, whose record lies there and has so many values.
+    pub(super) fn of(
+        blocks: &Blocks<'_>,
+        block: usize,
+        (record, len): (*const u32, usize),
+    ) -> Ahead {
+        Ahead {
+            record,
+            next: blocks.ahead(block),
+            len,
+            worth: blocks.in_place(),
+        }
+    }
+
     /// Fetches what lies [`AHEAD`] of place `at` of the record, `len` in length.
     #[inline(always)]
     pub(super) fn fetch(&self, dot: Dot, at: usize, len: usize) {

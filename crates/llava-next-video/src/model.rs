@@ -35,5 +35,5 @@ pub use llava_next_video::{
 };
 pub use loader::PlannedWeight;
 pub use save::Repacking;
-pub use vision_tower::{PICTURES_PER_PASS, TowerPass};
+pub use vision_tower::{TowerPass, pictures_per_pass};
 pub use weights::Checkpoint;

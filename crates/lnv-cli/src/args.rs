@@ -96,7 +96,7 @@ pub struct RunArgs {
     #[command(flatten)]
     pub bitsandbytes: BitsAndBytesArgs,
     /// Where to compute: cpu, cuda or cuda:N.
-    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    #[arg(long, default_value = "cpu", value_name = "DEVICE", env = "LNV_DEVICE")]
     pub device: String,
     /// Rotary scaling instead of the checkpoint's: linear:F, or auto for the clip's length.
     #[arg(long, value_name = "linear:F|auto")]

@@ -25,8 +25,8 @@ use llava_next_video::processor::conversation::{
 use llava_next_video::processor::inputs::{ModelInputs, Pixels, VideoInput};
 use llava_next_video::processor::resize::Arithmetic;
 use llava_next_video::processor::video_processor::LlavaNextVideoVideoProcessor;
+use lnv_kernels::WeightDtype;
 use lnv_kernels::probe::{self, Peak};
-use lnv_kernels::{Ops, WeightDtype};
 use serde_json::json;
 
 use crate::args::{BenchArgs, Format, Synthetic};
@@ -193,18 +193,21 @@ struct Limits {
 
 impl Limits {
     fn measure(formats: &Formats, device: lnv_kernels::Device) -> Result<Self> {
-        let ops = Ops::new(device).map_err(|e| anyhow::anyhow!("{e}"))?;
+        let ops = formats.ops(Some(device))?;
         let dtype = formats.computed();
         let spinner = progress::spinner("measuring this machine's limits");
+        let (peak, bandwidth_gbs) = probe::limits(&ops, dtype);
         let limits = Self {
             peak_type: match dtype {
+                // A GPU multiplies what quantised weights stand for.
+                _ if ops.is_cuda() => formats.dtype.name(),
                 WeightDtype::F32 => "f32",
                 WeightDtype::Bf16 => "bf16",
                 WeightDtype::F16 => "f16",
                 _ => "int8",
             },
-            peak: probe::peak(ops.isa(), dtype),
-            bandwidth_gbs: probe::read_bandwidth_gbs(),
+            peak,
+            bandwidth_gbs,
         };
         spinner.finish_and_clear();
         Ok(limits)
@@ -297,7 +300,7 @@ impl Seconds {
             ..EngineLimits::default()
         };
         let defaults = GenerationConfig::default();
-        let mut engine = Engine::with_limits(Arc::clone(model), defaults, limits);
+        let mut engine = Engine::with_limits(Arc::clone(model), defaults, limits)?;
         let options = GenerationOptions {
             max_new_tokens: Some(steps + 1),
             num_return_sequences: 1,

@@ -139,7 +139,7 @@ impl RunOptions {
             dtype: self.dtype,
             quantization,
             kv_cache_dtype: self.kv_cache_dtype,
-            device: self.device,
+            device: Some(self.device),
             rope: self.rope.map(|rope| (rope, frames)),
             progress: None,
         }

@@ -228,7 +228,8 @@ fn check(args: &ServeArgs) -> Result<()> {
 
 /// The engine with its memory: as asked for, or a share of what the machine has left.
 fn engine(args: &ServeArgs, model: LlavaNextVideoModel, pipeline: &Pipeline) -> Result<Engine> {
-    let block = model.language_model().new_cache(1).bytes().max(1);
+    let one = model.language_model().new_cache(model.ops(), 1)?;
+    let block = one.bytes().max(1);
     let context = context_length(&model.config().text_config);
     let longest = context.min(MAX_AUTO_CONTEXT).div_ceil(KV_BLOCK);
     let least = (longest + 1).saturating_mul(block).div_ceil(1 << 20);
@@ -238,7 +239,11 @@ fn engine(args: &ServeArgs, model: LlavaNextVideoModel, pipeline: &Pipeline) -> 
             longest * KV_BLOCK
         ),
         Some(mib) => mib.saturating_mul(1 << 20),
-        None => memory::available().unwrap_or(1 << 32) as usize / KV_SHARE,
+        None => match model.ops().device_memory() {
+            // The weights are there; a quarter is left for activations.
+            Some((free, _)) => free / 4 * 3,
+            None => memory::available().unwrap_or(1 << 32) as usize / KV_SHARE,
+        },
     };
     let usual = EngineLimits::default();
     // More than all sequences at their longest is never used; less than one of them could never run.
@@ -250,7 +255,7 @@ fn engine(args: &ServeArgs, model: LlavaNextVideoModel, pipeline: &Pipeline) -> 
         ..usual
     };
     let (model, defaults) = (Arc::new(model), pipeline.generation.clone());
-    Ok(Engine::with_limits(model, defaults, limits))
+    Ok(Engine::with_limits(model, defaults, limits)?)
 }
 
 /// The directory of features, if there is to be one.

@@ -6,7 +6,14 @@
 //! another variant behind the same [`crate::Ops`].
 
 use std::fmt;
+#[cfg(feature = "cuda")]
+use std::sync::{Arc, OnceLock};
 use std::sync::{Mutex, PoisonError};
+
+#[cfg(feature = "cuda")]
+use crate::cuda::memory::Memory;
+#[cfg(feature = "cuda")]
+use crate::cuda::{Cuda, Half, Kind, View};
 
 /// Zeroed values that start on a 64-byte boundary (one cache line, one AVX-512 register).
 ///
@@ -61,6 +68,8 @@ impl<T> Aligned<T> {
 
 enum Storage {
     Host(Aligned<f32>),
+    #[cfg(feature = "cuda")]
+    Device(Memory, Kind),
 }
 
 /// A matrix of f32, `[rows, cols]`, row-major, made by [`crate::Ops::buffer`] or [`crate::Ops::scratch`].
@@ -110,8 +119,10 @@ fn leave(piece: Aligned<f32>) {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if self.scratch {
-            let Storage::Host(data) = &mut self.storage;
+        #[cfg_attr(not(feature = "cuda"), allow(irrefutable_let_patterns))]
+        if self.scratch
+            && let Storage::Host(data) = &mut self.storage
+        {
             let none = Aligned {
                 raw: Vec::new(),
                 start: 0,
@@ -157,8 +168,11 @@ impl Buffer {
     /// # Panics
     /// More rows than the buffer was made with.
     pub fn set_rows(&mut self, rows: usize) {
-        let Storage::Host(data) = &self.storage;
-        let room = data.as_slice().len();
+        let room = match &self.storage {
+            Storage::Host(data) => data.as_slice().len(),
+            #[cfg(feature = "cuda")]
+            Storage::Device(memory, kind) => memory.len() / memory.cuda().bytes_of(*kind),
+        };
         assert!(
             rows * self.cols <= room,
             "set_rows: {rows} rows of {} do not fit into {room} values. This is a bug.",
@@ -168,13 +182,99 @@ impl Buffer {
     }
 
     pub(crate) fn host(&self) -> &[f32] {
-        let Storage::Host(data) = &self.storage;
-        &data.as_slice()[..self.rows * self.cols]
+        match &self.storage {
+            Storage::Host(data) => &data.as_slice()[..self.rows * self.cols],
+            #[cfg(feature = "cuda")]
+            Storage::Device(..) => panic!("{self:?} is on a GPU. This is a bug."),
+        }
     }
 
     pub(crate) fn host_mut(&mut self) -> &mut [f32] {
-        let Storage::Host(data) = &mut self.storage;
-        &mut data.as_mut_slice()[..self.rows * self.cols]
+        let len = self.rows * self.cols;
+        match &mut self.storage {
+            Storage::Host(data) => &mut data.as_mut_slice()[..len],
+            #[cfg(feature = "cuda")]
+            Storage::Device(..) => panic!("a matrix is on a GPU. This is a bug."),
+        }
+    }
+}
+
+/// Matrices on a GPU.
+#[cfg(feature = "cuda")]
+impl Buffer {
+    /// A matrix that may hold anything.
+    pub(crate) fn on_device(cuda: &Arc<Cuda>, rows: usize, cols: usize, kind: Kind) -> Buffer {
+        let kind = if cuda.half() == Half::F32 {
+            Kind::F32
+        } else {
+            kind
+        };
+        let memory = cuda.alloc(rows * cols * cuda.bytes_of(kind));
+        Buffer {
+            rows,
+            cols,
+            storage: Storage::Device(memory, kind),
+            scratch: false,
+        }
+    }
+
+    /// What kernels take.
+    ///
+    /// # Panics
+    /// The matrix is the host's.
+    pub(crate) fn view(&self) -> View {
+        let (memory, kind) = self.device();
+        View {
+            ptr: memory.ptr(),
+            rows: self.rows,
+            cols: self.cols,
+            kind,
+        }
+    }
+
+    /// Its memory.
+    ///
+    /// # Panics
+    /// The matrix is the host's.
+    pub(crate) fn device(&self) -> (&Memory, Kind) {
+        match &self.storage {
+            Storage::Device(memory, kind) => (memory, *kind),
+            Storage::Host(_) => panic!("{self:?} is not on the GPU. This is a bug."),
+        }
+    }
+
+    /// Values from value `first` on, as f32.
+    pub(crate) fn read(&self, first: usize, out: &mut [f32]) {
+        let (memory, kind) = self.device();
+        let half = match kind {
+            Kind::F32 => {
+                return memory
+                    .cuda()
+                    .read(memory, first * 4, bytemuck::cast_slice_mut(out));
+            }
+            Kind::Half => memory.cuda().half(),
+        };
+        let mut bits = vec![0u16; out.len()];
+        memory
+            .cuda()
+            .read(memory, first * 2, bytemuck::cast_slice_mut(&mut bits));
+        half.widen(&bits, out);
+    }
+
+    /// Overwrites values from value `first` on.
+    pub(crate) fn write(&self, first: usize, values: &[f32]) {
+        let (memory, kind) = self.device();
+        match kind {
+            Kind::F32 => memory
+                .cuda()
+                .write(memory, first * 4, bytemuck::cast_slice(values)),
+            Kind::Half => {
+                let bits = memory.cuda().half().narrow(values);
+                memory
+                    .cuda()
+                    .write(memory, first * 2, bytemuck::cast_slice(&bits));
+            }
+        }
     }
 }
 
@@ -188,12 +288,29 @@ impl fmt::Debug for Buffer {
 #[derive(Debug, Clone)]
 pub struct Vector {
     values: Vec<f32>,
+    /// Where a GPU has them, from the first time on that it needs them.
+    #[cfg(feature = "cuda")]
+    device: Arc<OnceLock<Memory>>,
 }
 
 impl Vector {
     /// Takes the values.
     pub fn new(values: Vec<f32>) -> Vector {
-        Vector { values }
+        Vector {
+            values,
+            #[cfg(feature = "cuda")]
+            device: Arc::default(),
+        }
+    }
+
+    /// The values in a GPU's memory.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on(&self, cuda: &Arc<Cuda>) -> u64 {
+        let upload = || {
+            let bytes = bytemuck::cast_slice(&self.values);
+            cuda.upload(bytes).unwrap_or_else(|e| panic!("{e}"))
+        };
+        self.device.get_or_init(upload).ptr()
     }
 
     /// Number of values.

@@ -22,6 +22,9 @@ pub enum KernelError {
     /// CUDA was asked for, and the program was built without it.
     #[error("this program was built without CUDA, so it cannot use {0}; use --device cpu")]
     NoCuda(String),
+    /// The GPU, its driver or its memory: the sentence says what is wrong.
+    #[error("{0}")]
+    Cuda(String),
     /// A weight's bytes do not make up its shape.
     #[error("a weight of {rows} rows of {k} values takes {expected} bytes, but there are {found}")]
     WeightSize {

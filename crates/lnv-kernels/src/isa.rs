@@ -156,6 +156,16 @@ pub enum Device {
     Cuda(usize),
 }
 
+impl Device {
+    /// What the environment variable `LNV_DEVICE` names; without it the processor.
+    ///
+    /// # Errors
+    /// It names no device.
+    pub fn preferred() -> Result<Device, KernelError> {
+        std::env::var("LNV_DEVICE").map_or(Ok(Device::Cpu), |name| name.parse())
+    }
+}
+
 impl FromStr for Device {
     type Err = KernelError;
 

@@ -14,15 +14,24 @@
 //! them. int8 divides a token's key (or value) by a 127th of its largest size and rounds likewise.
 //! What is written does not depend on the instruction set, nor on what is written with it.
 //!
+//! On a GPU a record is rows of keys, then rows of values (`cuda.rs`, `DeviceLayer`).
+//!
 //! The memory is zeroed lazily: a cache planned for a long context costs what is written of it.
 //!
 //! Refused: knowing which block belongs to which sequence. The caller keeps the block tables.
 
 use std::fmt;
+#[cfg(feature = "cuda")]
+use std::sync::Arc;
 
 use half::bf16;
 
+use crate::KernelError;
 use crate::buffer::Aligned;
+#[cfg(feature = "cuda")]
+use crate::cuda::memory::Memory;
+#[cfg(feature = "cuda")]
+use crate::cuda::{Cuda, DeviceLayer};
 
 /// Tokens in a block of the cache.
 pub const KV_BLOCK: usize = 64;
@@ -281,7 +290,10 @@ pub(crate) struct LayerCache {
 
 /// Keys and values of all layers, in blocks.
 pub struct KvCache {
+    /// Of the processor; none where a GPU has them.
     layers: Vec<LayerCache>,
+    #[cfg(feature = "cuda")]
+    device: Vec<Memory>,
     heads: Heads,
     blocks: usize,
     dtype: KvDtype,
@@ -293,9 +305,41 @@ impl KvCache {
         let layer = |_| LayerCache::new(heads, blocks, dtype);
         KvCache {
             layers: (0..layers).map(layer).collect(),
+            #[cfg(feature = "cuda")]
+            device: Vec::new(),
             heads,
             blocks,
             dtype,
+        }
+    }
+
+    /// A cache without blocks in a GPU's memory.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_device(
+        cuda: &Arc<Cuda>,
+        layers: usize,
+        heads: Heads,
+        dtype: KvDtype,
+    ) -> KvCache {
+        KvCache {
+            layers: Vec::new(),
+            device: (0..layers).map(|_| cuda.nothing()).collect(),
+            heads,
+            blocks: 0,
+            dtype,
+        }
+    }
+
+    /// A layer for kernels.
+    ///
+    /// # Panics
+    /// The cache is the host's.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn device_layer(&self, layer: usize) -> DeviceLayer {
+        DeviceLayer {
+            ptr: self.device[layer].ptr(),
+            kind: self.dtype,
+            head_dim: self.heads.head_dim,
         }
     }
 
@@ -306,6 +350,10 @@ impl KvCache {
 
     /// Number of layers.
     pub fn layers(&self) -> usize {
+        #[cfg(feature = "cuda")]
+        if !self.device.is_empty() {
+            return self.device.len();
+        }
         self.layers.len()
     }
 
@@ -321,6 +369,10 @@ impl KvCache {
 
     /// Bytes of address space, all layers together.
     pub fn bytes(&self) -> usize {
+        #[cfg(feature = "cuda")]
+        if !self.device.is_empty() {
+            return self.device.iter().map(Memory::len).sum();
+        }
         self.layers.iter().map(|layer| layer.data.bytes()).sum()
     }
 
@@ -331,6 +383,12 @@ impl KvCache {
     pub fn copy_block(&mut self, from: u32, to: u32) {
         self.check_block(from);
         self.check_block(to);
+        #[cfg(feature = "cuda")]
+        for memory in &self.device {
+            let len = memory.len() / self.blocks;
+            let (from, to) = (from as usize * len, to as usize * len);
+            memory.cuda().copy((memory, from), (memory, to), len);
+        }
         for layer in &mut self.layers {
             let len = layer.kv_heads * layer.record.len();
             let (from, to) = (from as usize * len, to as usize * len);
@@ -340,9 +398,16 @@ impl KvCache {
 
     /// Makes it `blocks` blocks large; what is in the present ones stays. Does nothing if it has as
     /// many. Copies the cache, so grow in big steps.
-    pub fn grow(&mut self, blocks: usize) {
+    ///
+    /// # Errors
+    /// It is on a GPU that has no room; it stays as it was.
+    pub fn grow(&mut self, blocks: usize) -> Result<(), KernelError> {
         if blocks <= self.blocks {
-            return;
+            return Ok(());
+        }
+        #[cfg(feature = "cuda")]
+        if !self.device.is_empty() {
+            self.grow_on_device(blocks)?;
         }
         for layer in &mut self.layers {
             let mut larger = LayerCache::new(self.heads, blocks, self.dtype);
@@ -351,6 +416,22 @@ impl KvCache {
             *layer = larger;
         }
         self.blocks = blocks;
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn grow_on_device(&mut self, blocks: usize) -> Result<(), KernelError> {
+        let cuda = Arc::clone(self.device[0].cuda());
+        let bytes = blocks * device_block_bytes(&cuda, self.heads, self.dtype);
+        let larger = |_: &Memory| cuda.try_alloc(bytes).map_err(KernelError::Cuda);
+        let larger: Vec<Memory> = self.device.iter().map(larger).collect::<Result<_, _>>()?;
+        for (memory, larger) in self.device.iter_mut().zip(larger) {
+            // Keys that nobody wrote must not be NaN: their weight is 0.
+            cuda.zero(&larger);
+            cuda.copy((memory, 0), (&larger, 0), memory.len());
+            *memory = larger;
+        }
+        Ok(())
     }
 
     pub(crate) fn check_block(&self, block: u32) {
@@ -368,6 +449,18 @@ impl KvCache {
     pub(crate) fn layer_mut(&mut self, layer: usize) -> &mut LayerCache {
         &mut self.layers[layer]
     }
+}
+
+/// Bytes of a block of one layer on a GPU.
+#[cfg(feature = "cuda")]
+fn device_block_bytes(cuda: &Arc<Cuda>, heads: Heads, dtype: KvDtype) -> usize {
+    let values = 2 * KV_BLOCK * heads.head_dim;
+    let record = match dtype {
+        KvDtype::F32 => 4 * values,
+        KvDtype::Bf16 => cuda.half().bytes() * values,
+        KvDtype::Int8 => values + 2 * KV_BLOCK * size_of::<f32>(),
+    };
+    heads.kv_heads * record
 }
 
 impl LayerCache {
@@ -435,7 +528,7 @@ mod tests {
                         .fill(1 + layer as u32);
                 }
             }
-            cache.grow(5);
+            cache.grow(5).expect("the host has room");
             cache.copy_block(0, 4);
             assert_eq!(cache.blocks(), 5);
             let bytes = 2 * 5 * KV_BLOCK * dtype.bytes_per_token(&HEADS);
@@ -447,7 +540,7 @@ mod tests {
                     assert!(record(3).iter().all(|v| *v == 0));
                 }
             }
-            cache.grow(1);
+            cache.grow(1).expect("smaller is nothing");
             assert_eq!(cache.blocks(), 5);
         }
     }

@@ -16,14 +16,16 @@
 //!
 //! Refused here: knowing an image, a tokenizer or a model's name; strides, broadcasting, autograd.
 //!
-//! `unsafe` exists only in this crate: in `cpu` (SIMD) and in the few places that hand disjoint
-//! parts of one buffer to several threads.
+//! `unsafe` exists only in this crate: in `cpu` (SIMD), in `cuda` (the driver) and in the few places that
+//! hand disjoint parts of one buffer to several threads.
 
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod buffer;
 #[cfg(target_arch = "x86_64")]
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod error;
 mod isa;
 mod kv_cache;

@@ -14,6 +14,16 @@ macro_rules! fast {
     };
 }
 
+/// Returns the GPU's form, where there is one.
+macro_rules! on_cuda {
+    ($ops:expr, $cuda:ident => $work:expr) => {
+        #[cfg(feature = "cuda")]
+        if let Some($cuda) = &$ops.cuda {
+            return $work;
+        }
+    };
+}
+
 mod attention;
 mod awake;
 mod linear;
@@ -25,11 +35,16 @@ pub use linear::Epilogue;
 pub use vision::{PatchGeometry, PoolMode};
 
 use std::ops::Range;
+#[cfg(feature = "cuda")]
+use std::sync::Arc;
 use std::sync::Once;
 
 use crate::KernelError;
 use crate::buffer::Buffer;
+#[cfg(feature = "cuda")]
+use crate::cuda::{Cuda, Half, Kind};
 use crate::isa::{Device, Isa};
+use crate::kv_cache::{Heads, KvCache, KvDtype};
 use crate::weight::{Weight, WeightDtype, WeightPart};
 
 /// A function of one value.
@@ -51,19 +66,79 @@ pub enum Activation {
 #[derive(Debug, Clone)]
 pub struct Ops {
     isa: Isa,
+    /// The GPU, where it is not the processor that computes.
+    #[cfg(feature = "cuda")]
+    cuda: Option<Arc<Cuda>>,
 }
 
 impl Ops {
     /// The operations of a device, with the fastest instruction set or the one that `LNV_ISA`
-    /// names.
+    /// names. On a GPU scratch is f32; [`Ops::of_type`] says another type.
     ///
     /// # Errors
-    /// The program was built without the device, or `LNV_ISA` cannot be honoured.
+    /// The program was built without the device, the device is not there or too old, or `LNV_ISA`
+    /// cannot be honoured.
     pub fn new(device: Device) -> Result<Ops, KernelError> {
+        Ops::of_type(device, WeightDtype::F32)
+    }
+
+    /// The same for a model whose matrices are of a float type, which a GPU keeps them and scratch in
+    /// (bf16 for other types); the processor keeps scratch in f32.
+    ///
+    /// # Errors
+    /// As [`Ops::new`].
+    pub fn of_type(device: Device, dtype: WeightDtype) -> Result<Ops, KernelError> {
+        #[cfg(not(feature = "cuda"))]
+        let _ = dtype;
         match device {
             Device::Cpu => Ok(Ops::with_isa(Isa::detect()?)),
+            #[cfg(not(feature = "cuda"))]
             Device::Cuda(_) => Err(KernelError::NoCuda(device.to_string())),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(number) => {
+                let mut ops = Ops::with_isa(Isa::detect()?);
+                ops.cuda = Some(Cuda::open(number, Half::of(dtype))?);
+                Ok(ops)
+            }
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn cuda(&self) -> Option<&Arc<Cuda>> {
+        self.cuda.as_ref()
+    }
+
+    /// Where the arithmetic runs, in words: an instruction set, or a GPU's name.
+    pub fn device_name(&self) -> String {
+        on_cuda!(self, cuda => format!("{cuda:?}"));
+        self.isa.to_string()
+    }
+
+    /// Whether a GPU computes.
+    pub fn is_cuda(&self) -> bool {
+        on_cuda!(self, _cuda => true);
+        false
+    }
+
+    /// Bytes of the GPU's memory, `(free, all)`; `None` where the processor computes.
+    pub fn device_memory(&self) -> Option<(usize, usize)> {
+        on_cuda!(self, cuda => Some(cuda.memory()));
+        None
+    }
+
+    /// Waits until everything that was begun is done: what is measured between two calls has happened.
+    pub fn wait(&self) {
+        on_cuda!(self, cuda => cuda.wait());
+    }
+
+    /// Makes the GPU's kernels ready, which takes seconds on a machine's first run; for a thread beside
+    /// the one that loads weights. Nothing for the processor.
+    ///
+    /// # Errors
+    /// The driver does not take them.
+    pub fn prepare(&self) -> Result<(), KernelError> {
+        on_cuda!(self, cuda => cuda.prepare());
+        Ok(())
     }
 
     /// The operations of the processor with this instruction set.
@@ -76,7 +151,11 @@ impl Ops {
             "this processor lacks {isa}. This is a bug."
         );
         start_threads();
-        Ops { isa }
+        Ops {
+            isa,
+            #[cfg(feature = "cuda")]
+            cuda: None,
+        }
     }
 
     /// The instruction set.
@@ -93,17 +172,26 @@ impl Ops {
     /// meanwhile: each operation then starts at once, where a thread that sleeps or is outside would wait
     /// to be heard (20 to 50 µs).
     pub fn together<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        // A GPU's operations only begin here.
+        on_cuda!(self, _cuda => work());
         awake::keep(work)
     }
 
     /// A zeroed matrix, `[rows, cols]`.
     pub fn buffer(&self, rows: usize, cols: usize) -> Buffer {
+        on_cuda!(self, cuda => {
+            let buffer = Buffer::on_device(cuda, rows, cols, Kind::F32);
+            cuda.zero(buffer.device().0);
+            buffer
+        });
         Buffer::zeroed(rows, cols)
     }
 
     /// A matrix, `[rows, cols]`, whose values may be anything: for what is written before it is read. Its
-    /// memory is that of scratch that is no longer in use, if there is any of about this size.
+    /// memory is that of scratch that is no longer in use, if there is any of about this size. On a GPU its
+    /// values have the model's type.
     pub fn scratch(&self, rows: usize, cols: usize) -> Buffer {
+        on_cuda!(self, cuda => Buffer::on_device(cuda, rows, cols, Kind::Half));
         Buffer::scratch(rows, cols)
     }
 
@@ -112,15 +200,20 @@ impl Ops {
     /// # Panics
     /// `data` has not `rows * cols` values.
     pub fn upload(&self, rows: usize, cols: usize, data: &[f32]) -> Buffer {
-        let mut buffer = Buffer::zeroed(rows, cols);
         require("upload", "values", data.len(), rows * cols);
+        on_cuda!(self, cuda => {
+            let buffer = Buffer::on_device(cuda, rows, cols, Kind::F32);
+            buffer.write(0, data);
+            buffer
+        });
+        let mut buffer = Buffer::zeroed(rows, cols);
         buffer.host_mut().copy_from_slice(data);
         buffer
     }
 
     /// The matrix's values, row-major.
     pub fn download(&self, buffer: &Buffer) -> Vec<f32> {
-        buffer.host().to_vec()
+        self.download_rows(buffer, 0..buffer.rows())
     }
 
     /// The values of some rows.
@@ -129,6 +222,11 @@ impl Ops {
     /// Rows that do not exist.
     pub fn download_rows(&self, buffer: &Buffer, rows: Range<usize>) -> Vec<f32> {
         let cols = buffer.cols();
+        on_cuda!(self, _cuda => {
+            let mut values = vec![0.0; rows.len() * cols];
+            buffer.read(rows.start * cols, &mut values);
+            values
+        });
         buffer.host()[rows.start * cols..rows.end * cols].to_vec()
     }
 
@@ -145,6 +243,7 @@ impl Ops {
             0,
         );
         let start = first_row * cols;
+        on_cuda!(self, _cuda => buffer.write(start, data));
         buffer.host_mut()[start..start + data.len()].copy_from_slice(data);
     }
 
@@ -159,7 +258,50 @@ impl Ops {
         k: usize,
         dtype: WeightDtype,
     ) -> Result<Weight, KernelError> {
+        on_cuda!(self, cuda => Weight::pack_on(cuda, parts, k, dtype));
         Weight::pack(parts, k, dtype)
+    }
+
+    /// A weight that was packed before ([`Weight::from_packed`]), where the arithmetic needs it: the same,
+    /// or a copy in the GPU's memory.
+    ///
+    /// # Errors
+    /// The GPU has no room.
+    pub fn place(&self, weight: Weight) -> Result<Weight, KernelError> {
+        on_cuda!(self, cuda => weight.place_on(cuda));
+        Ok(weight)
+    }
+
+    /// A weight with the same values in memory of its own.
+    ///
+    /// # Errors
+    /// The GPU has no room.
+    pub fn duplicate(&self, weight: &Weight) -> Result<Weight, KernelError> {
+        on_cuda!(self, cuda => weight.copy_on(cuda));
+        let bytes = crate::PackedBytes::copied(weight.packed_bytes());
+        Weight::from_packed(weight.n(), weight.k(), weight.dtype(), bytes)
+    }
+
+    /// A cache of `blocks` blocks for each of `layers` layers.
+    ///
+    /// # Errors
+    /// The GPU has no room.
+    pub fn kv_cache(
+        &self,
+        layers: usize,
+        heads: Heads,
+        blocks: usize,
+        dtype: KvDtype,
+    ) -> Result<KvCache, KernelError> {
+        let mut cache = self.empty_kv_cache(layers, heads, dtype);
+        cache.grow(blocks)?;
+        Ok(cache)
+    }
+
+    /// A cache without blocks, to be grown.
+    pub fn empty_kv_cache(&self, layers: usize, heads: Heads, dtype: KvDtype) -> KvCache {
+        on_cuda!(self, cuda => KvCache::on_device(cuda, layers, heads, dtype));
+        KvCache::new(layers, heads, 0, dtype)
     }
 }
 

@@ -28,6 +28,16 @@ pub struct Peak {
     pub instruction: &'static str,
 }
 
+/// The limits of the device of `ops` for weights of this format: its arithmetic peak, and 10⁹ bytes a
+/// second that it reads.
+pub fn limits(ops: &Ops, dtype: WeightDtype) -> (Peak, f64) {
+    #[cfg(feature = "cuda")]
+    if let Some(cuda) = ops.cuda() {
+        return crate::cuda::probe::limits(ops, cuda);
+    }
+    (peak(ops.isa(), dtype), read_bandwidth_gbs())
+}
+
 /// The arithmetic peak of all threads for weights of this format.
 ///
 /// # Panics

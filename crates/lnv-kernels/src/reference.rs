@@ -225,13 +225,13 @@ pub(crate) fn broadcast_row(row: &Vector, dst: &mut Buffer, dst_rows: &[u32]) {
     }
 }
 
-/// Cuts images `[n, c, h, w]` into rows of patches, columns in the order (c, py, px).
-pub(crate) fn patchify(pixels: &[f32], geometry: &PatchGeometry, out: &mut Buffer) {
+/// Cuts pictures `[c, h, w]` into rows of patches, columns in the order (c, py, px).
+pub(crate) fn patchify(pictures: &[&[f32]], geometry: &PatchGeometry, out: &mut Buffer) {
     let PatchGeometry {
-        channels,
         height,
         width,
         patch,
+        ..
     } = *geometry;
     let (grid_h, grid_w) = (height / patch, width / patch);
     let cols = out.cols();
@@ -240,8 +240,8 @@ pub(crate) fn patchify(pixels: &[f32], geometry: &PatchGeometry, out: &mut Buffe
         let (top, left) = (place / grid_w * patch, place % grid_w * patch);
         for (line, out) in out.chunks_exact_mut(patch).enumerate() {
             let (channel, py) = (line / patch, line % patch);
-            let start = ((image * channels + channel) * height + top + py) * width + left;
-            out.copy_from_slice(&pixels[start..start + patch]);
+            let start = (channel * height + top + py) * width + left;
+            out.copy_from_slice(&pictures[image][start..start + patch]);
         }
     }
 }

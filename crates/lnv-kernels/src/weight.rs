@@ -12,6 +12,8 @@
 
 pub mod bnb;
 pub(crate) mod bnb4;
+#[cfg(feature = "cuda")]
+mod device;
 mod float;
 pub(crate) mod int8;
 mod packed;
@@ -236,8 +238,17 @@ impl Weight {
 
     /// The weight as it lies in memory, panel after panel: what [`Weight::from_packed`] takes. The
     /// order inside is this version's; whoever stores it stores a version beside it.
+    ///
+    /// # Panics
+    /// The weight is on a GPU.
     pub fn packed_bytes(&self) -> &[u8] {
         self.packed.as_slice()
+    }
+
+    /// The weight's bytes: as [`Weight::packed_bytes`], or, of one on a GPU, as they lie there (floats
+    /// row by row).
+    pub fn to_host(&self) -> std::borrow::Cow<'_, [u8]> {
+        self.packed.to_host()
     }
 
     /// Panel `index`.
@@ -267,21 +278,7 @@ impl Weight {
         k: usize,
         dtype: WeightDtype,
     ) -> Result<Weight, KernelError> {
-        check_depth(k, dtype)?;
-        for part in parts {
-            part.check_type(dtype);
-            let (scales, found_scales) = part.data.scales(part.n, k);
-            let expected = part.data.bytes_of(part.n * k) + 4 * scales;
-            let found = part.data.bytes().len() + 4 * found_scales;
-            if found != expected || scales != found_scales {
-                return Err(KernelError::WeightSize {
-                    rows: part.n,
-                    k,
-                    expected,
-                    found,
-                });
-            }
-        }
+        check_parts(parts, k, dtype)?;
         let n = parts.iter().map(|part| part.n).sum();
         let source = Source { parts, k };
         let mut packed = Aligned::zeroed(packed_len(n, k, dtype));
@@ -314,6 +311,26 @@ impl std::fmt::Debug for Weight {
 /// Bytes that a packed weight `[n, k]` takes; `usize::MAX` if no machine could hold it.
 pub fn packed_len(n: usize, k: usize, dtype: WeightDtype) -> usize {
     n.div_ceil(PANEL).saturating_mul(panel_len(k, dtype))
+}
+
+/// Whether a weight can be made of the parts.
+fn check_parts(parts: &[WeightPart<'_>], k: usize, dtype: WeightDtype) -> Result<(), KernelError> {
+    check_depth(k, dtype)?;
+    for part in parts {
+        part.check_type(dtype);
+        let (scales, found_scales) = part.data.scales(part.n, k);
+        let expected = part.data.bytes_of(part.n * k) + 4 * scales;
+        let found = part.data.bytes().len() + 4 * found_scales;
+        if found != expected || scales != found_scales {
+            return Err(KernelError::WeightSize {
+                rows: part.n,
+                k,
+                expected,
+                found,
+            });
+        }
+    }
+    Ok(())
 }
 
 fn check_depth(k: usize, dtype: WeightDtype) -> Result<(), KernelError> {

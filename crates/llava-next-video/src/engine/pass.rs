@@ -68,6 +68,8 @@ impl Engine {
                 return true;
             }
         }
+        // What was not read back may still be under way on a GPU.
+        self.model.ops().wait();
         let elapsed = start.elapsed();
         self.pace.stepped(elapsed, decoding, tokens - decoding);
         let mut jobs: Vec<usize> = parts.iter().map(|part| part.job).collect();

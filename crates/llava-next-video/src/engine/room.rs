@@ -137,8 +137,12 @@ impl Engine {
             return false;
         }
         let more = wanted.max(self.blocks.capacity() / 2);
-        let grown = self.blocks.ensure_available(more);
-        self.cache.grow(grown);
+        let grown = self.blocks.capacity() + more - self.blocks.available();
+        if self.cache.grow(grown).is_err() {
+            // The device is full: as with a cache that may not grow.
+            return false;
+        }
+        self.blocks.ensure_available(more);
         true
     }
 }

@@ -92,20 +92,35 @@ pub struct Engine {
 impl Engine {
     /// An engine without requests; the cache grows with need.
     pub fn new(model: Arc<LlavaNextVideoModel>, defaults: GenerationConfig) -> Self {
-        Self::with_limits(model, defaults, EngineLimits::default())
+        let limits = EngineLimits::default();
+        let cache = model.language_model().empty_cache(model.ops());
+        Self::with_cache(model, defaults, limits, cache)
     }
 
     /// An engine without requests.
+    ///
+    /// # Errors
+    /// The device has no room for the cache.
     pub fn with_limits(
         model: Arc<LlavaNextVideoModel>,
         defaults: GenerationConfig,
         limits: EngineLimits,
+    ) -> Result<Self> {
+        let first = limits.cache_blocks.unwrap_or(0);
+        let cache = model.language_model().new_cache(model.ops(), first)?;
+        Ok(Self::with_cache(model, defaults, limits, cache))
+    }
+
+    fn with_cache(
+        model: Arc<LlavaNextVideoModel>,
+        defaults: GenerationConfig,
+        limits: EngineLimits,
+        cache: KvCache,
     ) -> Self {
         let mut blocks = BlockManager::default();
-        let first = limits.cache_blocks.unwrap_or(0);
-        blocks.ensure_available(first);
+        blocks.ensure_available(limits.cache_blocks.unwrap_or(0));
         Self {
-            cache: model.language_model().new_cache(first),
+            cache,
             blocks,
             features: FeatureCache::new(limits.feature_bytes),
             store: None,
@@ -299,12 +314,13 @@ impl Engine {
         loop {
             self.stats.features_found += self.recognise(sink);
             self.remember(sink);
+            let begun = Instant::now();
             if self.sight.is_none() {
                 let mut prefills = (self.running.iter_mut()).filter(|j| j.stage == Stage::Prefill);
                 let how = (few, self.recall.is_some());
-                let begun =
+                let new =
                     prefills.find_map(|job| Some((Sight::begin(&self.model, job, how)?, job)));
-                if let Some((sight, job)) = begun {
+                if let Some((sight, job)) = new {
                     let (done, total) = job.seen;
                     let event = RequestEvent::Progress(Event::Vision { done, total });
                     job.cancelled |= sink(job.id, event).is_break();
@@ -313,12 +329,15 @@ impl Engine {
             }
             let Some(sight) = &mut self.sight else { break };
             looked = true;
-            let begun = Instant::now();
             let (job, through) = (sight.job, !sight.advance(&self.model));
             let seen = match through {
                 true => self.sight.take().map(|s| s.finish(&self.model, few)),
                 false => None,
             };
+            if through {
+                // A GPU has only begun: how long it takes is what the pace goes by.
+                self.model.ops().wait();
+            }
             if let Some(job) = self.running.iter_mut().find(|of| of.id == job) {
                 job.timings.vision_s += begun.elapsed().as_secs_f64();
             }

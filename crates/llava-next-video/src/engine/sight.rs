@@ -10,7 +10,7 @@ use super::RequestId;
 use super::job::{Job, Source};
 use super::prefix::Digest;
 use crate::error::Result;
-use crate::model::{LlavaNextVideoModel, PICTURES_PER_PASS, TowerPass, numbers, pick};
+use crate::model::{LlavaNextVideoModel, TowerPass, numbers, pick, pictures_per_pass};
 use crate::processor::inputs::ImageInput;
 
 /// A pass, and what becomes of it.
@@ -53,7 +53,11 @@ impl Sight {
         job: &Job,
         (few, stored): (bool, bool),
     ) -> Option<Sight> {
-        let most = if few { 1 } else { PICTURES_PER_PASS };
+        let most = if few {
+            1
+        } else {
+            pictures_per_pass(model.ops())
+        };
         let first = job.to_encode(stored).next()?;
         let (tower, ops) = (model.vision_tower(), model.ops());
         if let Source::Image(image) = &first.source {
@@ -137,7 +141,11 @@ impl Sight {
                     .copy_rows(&self.pass.features, &from, &mut tiles.selected, &to);
                 tiles.done += tiles.here;
                 if tiles.done < tiles.image.layout.tiles {
-                    let most = if few { 1 } else { PICTURES_PER_PASS };
+                    let most = if few {
+                        1
+                    } else {
+                        pictures_per_pass(model.ops())
+                    };
                     return Ok(Seen::More(Box::new(Sight::tiles(
                         model, self.job, tiles, most,
                     ))));

@@ -46,7 +46,7 @@ impl Fingerprint {
     /// Adds a matrix.
     pub fn weight(&mut self, weight: &Weight) {
         self.setting(&(weight.n(), weight.k(), weight.dtype()));
-        self.bytes(weight.packed_bytes());
+        self.bytes(&weight.to_host());
     }
 
     /// The name.

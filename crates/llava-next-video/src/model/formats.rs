@@ -20,7 +20,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use lnv_kernels::{Bnb4, Compute, Int8, PackedBytes, Precision, Weight, WeightDtype};
+use lnv_kernels::{Bnb4, Compute, Device, Int8, Ops, PackedBytes, Precision, Weight, WeightDtype};
 
 use super::bitsandbytes::{self, BLOCK};
 use super::llava_next_video::LoadOptions;
@@ -246,6 +246,19 @@ impl Formats {
                 Precision::Bf16
             }
         }
+    }
+
+    /// The operations of a device for a model of these formats; without one, of what `LNV_DEVICE` names,
+    /// else of the processor.
+    ///
+    /// # Errors
+    /// The device is not there.
+    pub fn ops(&self, device: Option<Device>) -> Result<Ops> {
+        let device = match device {
+            Some(device) => device,
+            None => Device::preferred().map_err(|e| Error::Device(e.to_string()))?,
+        };
+        Ops::of_type(device, self.dense()).map_err(|e| Error::Device(e.to_string()))
     }
 
     /// The format of a matrix that is not quantised.

@@ -128,8 +128,10 @@ impl PastKeyValues {
         }
         let blocks = self.blocks as usize;
         match &mut self.cache {
-            Some(cache) => cache.grow(blocks),
-            None => self.cache = Some(model.language_model().new_cache(blocks)),
+            Some(cache) => cache
+                .grow(blocks)
+                .map_err(|e| Error::Device(e.to_string()))?,
+            None => self.cache = Some(model.language_model().new_cache(model.ops(), blocks)?),
         }
         Ok(())
     }

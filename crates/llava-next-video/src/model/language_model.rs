@@ -6,14 +6,19 @@
 
 use lnv_kernels::{AttentionShape, Buffer, Epilogue, Heads, KvCache, KvDtype, Ops, Span, Weight};
 
+use rayon::prelude::*;
+
 use super::batch::{Batch, DecoderOutput, Keep, Taps};
 use super::layers::{Linear, RmsNorm};
 use super::loader::Loader;
 use crate::config::{Dtype, TextConfig};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Called after each layer with the number done; an error stops the pass.
 pub type OnLayer<'a> = &'a mut (dyn FnMut(usize) -> Result<()> + Send);
+
+/// Rows of the rotary table that a thread makes at once.
+const ROPE_ROWS: usize = 32;
 
 /// `language_model` and `lm_head`.
 pub struct LanguageModel {
@@ -109,9 +114,18 @@ impl LanguageModel {
         (layers + head + self.embed_tokens.bytes(), read)
     }
 
+    /// A cache without blocks, to be grown.
+    pub fn empty_cache(&self, ops: &Ops) -> KvCache {
+        ops.empty_kv_cache(self.layers.len(), self.heads(), self.kv_dtype)
+    }
+
     /// A cache of `blocks` blocks for this decoder.
-    pub fn new_cache(&self, blocks: usize) -> KvCache {
-        KvCache::new(self.layers.len(), self.heads(), blocks, self.kv_dtype)
+    ///
+    /// # Errors
+    /// The device has no room.
+    pub fn new_cache(&self, ops: &Ops, blocks: usize) -> Result<KvCache> {
+        ops.kv_cache(self.layers.len(), self.heads(), blocks, self.kv_dtype)
+            .map_err(|e| Error::Device(e.to_string()))
     }
 
     /// How its caches keep keys and values.
@@ -193,7 +207,7 @@ impl LanguageModel {
             attentions.extend(weights);
             on_layer(i + 1)?;
         }
-        let mut normed = ops.buffer(x.rows(), x.cols());
+        let mut normed = ops.scratch(x.rows(), x.cols());
         self.norm.forward(ops, &x, &mut normed);
         if !(taps.hidden_states || taps.attentions) {
             return Ok(DecoderOutput {
@@ -215,7 +229,7 @@ impl LanguageModel {
         })
     }
 
-    fn heads(&self) -> Heads {
+    pub(crate) fn heads(&self) -> Heads {
         heads(&self.config)
     }
 
@@ -231,14 +245,21 @@ impl LanguageModel {
     /// Cosines and sines of every token: `[tokens, d]`, d/2 cosines then d/2 sines.
     fn cos_sin(&self, ops: &Ops, batch: &Batch<'_>) -> Buffer {
         let d = self.config.head_dim;
-        let mut table = Vec::with_capacity(batch.tokens() * d);
+        let mut table = vec![0.0; batch.tokens() * d];
+        let mut rest = table.as_mut_slice();
         for span in &batch.spans {
             let rope = self.config.rope.frequencies(d, span.rope_length);
-            for position in &span.positions {
-                let angles = rope.inv_freq.iter().map(|f| *position as f32 * f);
-                table.extend(angles.clone().map(|a| a.cos() * rope.attention_scaling));
-                table.extend(angles.map(|a| a.sin() * rope.attention_scaling));
-            }
+            let rows;
+            (rows, rest) = rest.split_at_mut(span.len() * d);
+            let rows = rows.par_chunks_exact_mut(d).zip(&span.positions);
+            rows.with_min_len(ROPE_ROWS).for_each(|(row, position)| {
+                let (cos, sin) = row.split_at_mut(d / 2);
+                for ((cos, sin), f) in cos.iter_mut().zip(sin).zip(&rope.inv_freq) {
+                    let angle = *position as f32 * f;
+                    *cos = angle.cos() * rope.attention_scaling;
+                    *sin = angle.sin() * rope.attention_scaling;
+                }
+            });
         }
         ops.upload(batch.tokens(), d, &table)
     }
@@ -318,9 +339,9 @@ impl DecoderLayer {
 
         self.post_attention_layernorm
             .forward(ops, &x, &mut s.normed);
+        let buffers = (&mut s.gate_up, &mut s.inner);
         self.gate_up_proj
-            .forward(ops, &s.normed, Epilogue::Store(None), &mut s.gate_up);
-        ops.gated_activation(&s.gate_up, config.hidden_act, &mut s.inner);
+            .forward_gated(ops, &s.normed, config.hidden_act, buffers);
         self.down_proj.forward(ops, &s.inner, Epilogue::Add, &mut x);
         (x, weights)
     }

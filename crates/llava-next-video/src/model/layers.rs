@@ -3,7 +3,7 @@
 //! A struct holds packed weights; the arithmetic is an operation of [`Ops`]. Projections that read the
 //! same input (q, k, v; gate, up) are packed as one weight, so that the input is streamed once.
 
-use lnv_kernels::{Buffer, Epilogue, Ops, Vector, Weight};
+use lnv_kernels::{Activation, Buffer, Epilogue, Ops, Vector, Weight};
 
 use super::fingerprint::Fingerprint;
 use super::loader::Loader;
@@ -73,6 +73,20 @@ impl Linear {
     /// `x [rows, k]` to `out [rows, n]`.
     pub fn forward(&self, ops: &Ops, x: &Buffer, then: Epilogue, out: &mut Buffer) {
         ops.linear(x, &self.weight, self.bias.as_ref(), then, out);
+    }
+}
+
+impl Linear {
+    /// As the gate and up projections of a gated MLP, one above the other: `x [rows, k]` to
+    /// `act(gate) * up [rows, n / 2]`; `gate_up [rows, n]` is scratch.
+    pub fn forward_gated(
+        &self,
+        ops: &Ops,
+        x: &Buffer,
+        act: Activation,
+        buffers: (&mut Buffer, &mut Buffer),
+    ) {
+        ops.gated_linear(x, &self.weight, self.bias.as_ref(), act, buffers);
     }
 }
 

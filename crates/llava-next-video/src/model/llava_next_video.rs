@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::processor::inputs::{ImageInput, ModelInputs, Pixels, VideoInput};
 
 /// How a checkpoint is to be loaded.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct LoadOptions<'a> {
     /// The type that matrices are kept and multiplied in, those that are not quantised; `None` for the
     /// stored one (`auto`); when quantising bf16, or f16 for bitsandbytes' formats.
@@ -32,8 +32,8 @@ pub struct LoadOptions<'a> {
     pub quantization: Option<Quantization>,
     /// The type that keys and values are kept in; `None` for f32 with f32 weights, else bf16.
     pub kv_cache_dtype: Option<KvDtype>,
-    /// Where to compute.
-    pub device: Device,
+    /// Where to compute; `None` for what the environment variable `LNV_DEVICE` says, else the processor.
+    pub device: Option<Device>,
     /// Rotary scaling instead of the configuration's, and the frames that `auto` is to reckon with.
     pub rope: Option<(RopeOverride, usize)>,
     /// Called with `(bytes loaded, bytes in all)`.
@@ -42,19 +42,6 @@ pub struct LoadOptions<'a> {
 
 /// Called while loading with `(bytes loaded, bytes in all)`.
 pub type OnBytes<'a> = &'a (dyn Fn(usize, usize) + Sync);
-
-impl Default for LoadOptions<'_> {
-    fn default() -> Self {
-        Self {
-            dtype: None,
-            quantization: None,
-            kv_cache_dtype: None,
-            device: Device::Cpu,
-            rope: None,
-            progress: None,
-        }
-    }
-}
 
 /// The towers and the decoder (`LlavaNextVideoModel`).
 pub struct LlavaNextVideoModel {
@@ -175,7 +162,12 @@ impl LlavaNextVideoModel {
         options: &LoadOptions<'_>,
     ) -> Result<Self> {
         let formats = Formats::choose(&config, checkpoint, options)?;
-        let ops = Ops::new(options.device).map_err(|e| Error::Device(e.to_string()))?;
+        let ops = formats.ops(options.device)?;
+        if ops.is_cuda() {
+            // Whether this fails is told when the first kernel is wanted.
+            let ops = ops.clone();
+            std::thread::spawn(move || ops.prepare());
+        }
         apply_rope(&mut config, options.rope);
         if config.packed.is_some() {
             checkpoint.read_in_background();
@@ -235,7 +227,7 @@ impl LlavaNextVideoModel {
     /// weights that pictures go through.
     pub fn vision_fingerprint(&self) -> [u8; 32] {
         let mut to = Fingerprint::new();
-        to.setting(&self.ops.isa());
+        to.setting(&(self.ops.isa(), self.ops.is_cuda()));
         let Weights {
             vision_tower,
             vision_resampler,

@@ -20,7 +20,7 @@ use std::collections::HashMap;
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use lnv_kernels::{Ops, PackedBytes, Vector, Weight, WeightData, WeightDtype, WeightPart};
+use lnv_kernels::{Ops, Vector, Weight, WeightData, WeightDtype, WeightPart};
 use rayon::prelude::*;
 
 use super::bitsandbytes::{self, Quantised};
@@ -152,7 +152,9 @@ impl<'a> Loading<'a> {
         self.begin();
         let weight = if self.packed {
             let (n, k) = (matrix.n(), matrix.k);
-            self.checkpoint.packed(&matrix.name(), (n, k), format)?
+            let weight = self.checkpoint.packed(&matrix.name(), (n, k), format)?;
+            let placed = self.ops.place(weight);
+            placed.map_err(|e| Error::Device(e.to_string()))?
         } else {
             self.pack(matrix, (formats, format))?
         };
@@ -170,10 +172,10 @@ impl<'a> Loading<'a> {
     ) -> Result<Weight> {
         let rows: Vec<usize> = matrix.parts.iter().map(|part| part.n).collect();
         let twin = (rows, matrix.k, format);
-        let copied = self.checkpoint.is_synthetic() && !is_float(format);
+        // On a GPU floats too: making them up would take longer than all the rest.
+        let copied = self.checkpoint.is_synthetic() && (!is_float(format) || self.ops.is_cuda());
         if copied && let Some(weight) = self.twins.borrow().get(&twin) {
-            let packed = PackedBytes::copied(weight.packed_bytes());
-            let weight = Weight::from_packed(weight.n(), weight.k(), format, packed);
+            let weight = self.ops.duplicate(weight);
             return weight.map_err(|e| Error::Checkpoint(e.to_string()));
         }
         let mut sources = Vec::with_capacity(matrix.parts.len());

@@ -53,7 +53,7 @@ impl MultiModalProjector {
 
     /// `[rows, Dv * layers]` to `[rows, D]`.
     pub fn forward(&self, ops: &Ops, x: &Buffer) -> Buffer {
-        let mut inner = ops.buffer(x.rows(), self.linear_1.out_features());
+        let mut inner = ops.scratch(x.rows(), self.linear_1.out_features());
         self.linear_1
             .forward(ops, x, Epilogue::Store(Some(self.act)), &mut inner);
         let mut out = ops.buffer(x.rows(), self.linear_2.out_features());
@@ -129,7 +129,7 @@ impl Pooler {
                 out
             }
             PoolKind::Conv(conv) => {
-                let mut windows = ops.buffer(rows, self.stride * self.stride * x.cols());
+                let mut windows = ops.scratch(rows, self.stride * self.stride * x.cols());
                 ops.pool_windows(x, self.side, self.stride, &mut windows);
                 let mut out = ops.buffer(rows, conv.out_features());
                 conv.forward(ops, &windows, Epilogue::Store(None), &mut out);

@@ -16,7 +16,17 @@ use crate::processor::inputs::Pixels;
 
 /// Pictures that go through the tower together: enough rows to keep the kernels busy, few enough that
 /// the activations of a long video do not grow with its length.
-pub const PICTURES_PER_PASS: usize = 8;
+const PICTURES_PER_PASS: usize = 8;
+/// The same on a GPU, which has more to keep busy.
+const PICTURES_PER_GPU_PASS: usize = 32;
+
+/// Pictures that should go through the tower together.
+pub fn pictures_per_pass(ops: &Ops) -> usize {
+    match ops.is_cuda() {
+        true => PICTURES_PER_GPU_PASS,
+        false => PICTURES_PER_PASS,
+    }
+}
 
 /// The transformer, up to the last layer whose output is read.
 pub struct VisionTower {
@@ -197,7 +207,7 @@ impl VisionTower {
         let tokens = self.feature_tokens();
         let mut features = ops.buffer(count * tokens, self.feature_columns());
         let mut first = 0;
-        for pictures in passes(pixels) {
+        for pictures in passes(pixels, pictures_per_pass(ops)) {
             let mut pass = self.begin(ops, &pictures);
             while self.advance(ops, &mut pass) {}
             let rows = pictures.len() * tokens;
@@ -212,19 +222,19 @@ impl VisionTower {
         Ok(features)
     }
 
-    /// Begins a pass of pictures, `3 * image_size²` values each; at most [`PICTURES_PER_PASS`] should go
+    /// Begins a pass of pictures, `3 * image_size²` values each; at most [`pictures_per_pass`] should go
     /// together.
     pub fn begin(&self, ops: &Ops, pictures: &[&[f32]]) -> TowerPass {
         let n = pictures.len();
-        let x = self.embed(ops, &pictures.concat(), n);
+        let x = self.embed(ops, pictures);
         let rows = x.rows();
         let (d, f) = (self.config.hidden_size, self.config.intermediate_size);
         let mut pass = TowerPass {
             scratch: Scratch {
-                normed: ops.buffer(rows, d),
-                qkv: ops.buffer(rows, 3 * d),
-                attended: ops.buffer(rows, d),
-                inner: ops.buffer(rows, f),
+                normed: ops.scratch(rows, d),
+                qkv: ops.scratch(rows, 3 * d),
+                attended: ops.scratch(rows, d),
+                inner: ops.scratch(rows, f),
             },
             features: ops.buffer(n * self.feature_tokens(), self.feature_columns()),
             layer: 0,
@@ -247,8 +257,8 @@ impl VisionTower {
     }
 
     /// Patch, class and position embeddings, and CLIP's first LayerNorm: hidden state 0.
-    fn embed(&self, ops: &Ops, pixels: &[f32], n: usize) -> Buffer {
-        let c = &self.config;
+    fn embed(&self, ops: &Ops, pictures: &[&[f32]]) -> Buffer {
+        let (c, n) = (&self.config, pictures.len());
         let geometry = PatchGeometry {
             channels: c.num_channels,
             height: c.image_size,
@@ -256,8 +266,8 @@ impl VisionTower {
             patch: c.patch_size,
         };
         let per_tile = c.patches_per_side().pow(2);
-        let mut patches = ops.buffer(n * per_tile, c.num_channels * c.patch_size * c.patch_size);
-        ops.patchify(pixels, n, geometry, &mut patches);
+        let mut patches = ops.scratch(n * per_tile, c.num_channels * c.patch_size * c.patch_size);
+        ops.patchify(pictures, geometry, &mut patches);
         let mut embedded = ops.buffer(n * per_tile, c.hidden_size);
         self.patch_embedding
             .forward(ops, &patches, Epilogue::Store(None), &mut embedded);
@@ -318,15 +328,12 @@ impl VisionTower {
 }
 
 /// Groups the pictures of all stacks into passes.
-fn passes<'a>(pixels: &[&'a Pixels]) -> Vec<Vec<&'a [f32]>> {
+fn passes<'a>(pixels: &[&'a Pixels], most: usize) -> Vec<Vec<&'a [f32]>> {
     let pictures: Vec<&[f32]> = pixels
         .iter()
         .flat_map(|stack| stack.data.chunks_exact(stack.stride()))
         .collect();
-    pictures
-        .chunks(PICTURES_PER_PASS)
-        .map(<[&[f32]]>::to_vec)
-        .collect()
+    pictures.chunks(most).map(<[&[f32]]>::to_vec).collect()
 }
 
 /// The convolution with kernel = stride is a matrix over flattened patches; its `[n, 3, p, p]` weight

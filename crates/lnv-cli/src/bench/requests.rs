@@ -79,7 +79,7 @@ impl Requests {
             together(model, Prefer::Latency, &asked, load.new_tokens)?,
             together(model, Prefer::Throughput, &asked, load.new_tokens)?,
         ];
-        let service = service(model, Prefer::Latency);
+        let service = service(model, Prefer::Latency)?;
         let first = |inputs: ModelInputs| -> Result<f64> {
             let start = Instant::now();
             let times = ask(&service, inputs, 2, 0)?.times()?;
@@ -122,15 +122,16 @@ fn options(new_tokens: usize) -> GenerationOptions {
     }
 }
 
-fn service(model: &Arc<LlavaNextVideoModel>, prefer: Prefer) -> Service {
+fn service(model: &Arc<LlavaNextVideoModel>, prefer: Prefer) -> Result<Service> {
     // As a server has it: room for all from the start, which costs what is written of it.
     let limits = EngineLimits {
         cache_blocks: Some(CACHE_BLOCKS),
         prefer,
         ..EngineLimits::default()
     };
-    let engine = Engine::with_limits(Arc::clone(model), GenerationConfig::default(), limits);
-    Service::start(engine, Arc::new(()), ServiceLimits::default())
+    let engine = Engine::with_limits(Arc::clone(model), GenerationConfig::default(), limits)?;
+    let limits = ServiceLimits::default();
+    Ok(Service::start(engine, Arc::new(()), limits))
 }
 
 fn one_by_one(
@@ -144,7 +145,7 @@ fn one_by_one(
         ..EngineLimits::default()
     };
     let defaults = GenerationConfig::default();
-    let mut engine = Engine::with_limits(Arc::clone(model), defaults, forgetful);
+    let mut engine = Engine::with_limits(Arc::clone(model), defaults, forgetful)?;
     let start = Instant::now();
     for inputs in asked {
         let watch = &mut |_: Event| ControlFlow::Continue(());
@@ -159,7 +160,7 @@ fn together(
     asked: &[ModelInputs],
     new_tokens: usize,
 ) -> Result<f64> {
-    let service = service(model, prefer);
+    let service = service(model, prefer)?;
     let start = Instant::now();
     let answers: Vec<Asked> = asked
         .iter()
@@ -213,7 +214,7 @@ fn ask(service: &Service, inputs: ModelInputs, new_tokens: usize, client: u64) -
 /// The mean and the longest time between two tokens of readers; with a long clip, only of the tokens that
 /// came while it was being read.
 fn readers(model: &Arc<LlavaNextVideoModel>, long: Option<ModelInputs>) -> Result<(f64, f64)> {
-    let service = service(model, Prefer::Latency);
+    let service = service(model, Prefer::Latency)?;
     let text = |reader: usize| ModelInputs {
         input_ids: vec![(0..200).map(|i| (i * 7 + reader as u32) % 1000).collect()],
         attention_mask: vec![vec![true; 200]],

@@ -84,7 +84,11 @@ impl Rows {
         let row_blocks = (context + steps).div_ceil(KV_BLOCK);
         let kv_bytes = super::kv_bytes(model);
         let cache_bytes = (rows * row_blocks * KV_BLOCK) as f64 * kv_bytes;
-        if let Some(free) = memory::available().filter(|free| cache_bytes > *free as f64) {
+        let free = match model.ops().device_memory() {
+            Some((free, _)) => Some(free as u64),
+            None => memory::available(),
+        };
+        if let Some(free) = free.filter(|free| cache_bytes > *free as f64) {
             bail!(
                 "the keys and values of {rows} row(s) of {context} tokens take {}, and {} of memory \
                  are free: ask for a smaller --batch or --context",
@@ -92,7 +96,7 @@ impl Rows {
                 output::size(free as usize)
             );
         }
-        let mut cache = decoder.new_cache(rows * row_blocks);
+        let mut cache = decoder.new_cache(model.ops(), rows * row_blocks)?;
         let blocks: Vec<Vec<u32>> = (0..rows)
             .map(|row| {
                 (row * row_blocks..(row + 1) * row_blocks)
@@ -163,7 +167,8 @@ fn fill(model: &LlavaNextVideoModel, cache: &mut KvCache, blocks: &[u32], tokens
             .collect();
         let cos_sin: Vec<f32> = (0..here * heads.head_dim).map(angles).collect();
         let cos_sin = ops.upload(here, heads.head_dim, &cos_sin);
-        let mut qkv = ops.upload(here, heads.qkv_cols(), &noise[..here * heads.qkv_cols()]);
+        let mut qkv = ops.scratch(here, heads.qkv_cols());
+        ops.write_rows(&mut qkv, 0, &noise[..here * heads.qkv_cols()]);
         for layer in 0..cache.layers() {
             ops.rope_write_kv(&mut qkv, &cos_sin, heads, cache, layer, &slots);
         }

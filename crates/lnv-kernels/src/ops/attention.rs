@@ -4,6 +4,8 @@ use super::{Ops, require};
 use crate::buffer::Buffer;
 #[cfg(target_arch = "x86_64")]
 use crate::cpu;
+#[cfg(feature = "cuda")]
+use crate::cuda::attention as gpu;
 use crate::kv_cache::{Heads, KV_BLOCK, KvCache, Slot};
 use crate::reference;
 
@@ -90,6 +92,10 @@ impl Ops {
                 "rope_write_kv: offset {offset} in a block. This is a bug."
             );
         }
+        on_cuda!(self, cuda => {
+            let layer = cache.device_layer(layer);
+            gpu::rope_write_kv(cuda, qkv.view(), cos_sin.view(), heads, &layer, slots)
+        });
         fast!(
             self,
             cpu::rope::rope_write_kv(
@@ -121,6 +127,10 @@ impl Ops {
         check_attention("paged_attention", qkv, shape.heads, out);
         check_cache("paged_attention", cache, shape.heads, layer);
         check_spans("paged_attention", cache, spans, shape, qkv.rows());
+        on_cuda!(self, cuda => {
+            let layer = cache.device_layer(layer);
+            gpu::paged_attention(cuda, qkv.view(), &layer, spans, shape, out.view())
+        });
         let cache = cache.layer(layer);
         fast!(
             self,
@@ -146,6 +156,10 @@ impl Ops {
         check_attention("paged_attention_eager", qkv, shape.heads, out);
         check_cache("paged_attention_eager", cache, shape.heads, layer);
         check_spans("paged_attention_eager", cache, spans, shape, qkv.rows());
+        on_cuda!(self, cuda => {
+            let layer = cache.device_layer(layer);
+            gpu::paged_attention_eager(cuda, qkv.view(), &layer, spans, shape, out.view())
+        });
         let cache = cache.layer(layer);
         fast!(
             self,
@@ -179,6 +193,8 @@ impl Ops {
             qkv.rows() % len,
             0,
         );
+        // Where scratch is 16-bit, so is attention.
+        on_cuda!(self, cuda => gpu::full_attention(cuda, qkv.view(), len, heads, scale, out.view()));
         fast!(
             self,
             cpu::attention::full_attention(self.isa, qkv, (len, heads, (scale, precision)), out)

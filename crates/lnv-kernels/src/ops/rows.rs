@@ -14,6 +14,7 @@ impl Ops {
     pub fn rms_norm(&self, x: &Buffer, weight: &Vector, eps: f32, out: &mut Buffer) {
         require("rms_norm", "values of weight", weight.len(), x.cols());
         require_same("rms_norm", x, out);
+        on_cuda!(self, cuda => cuda.rms_norm(x.view(), weight.on(cuda), eps, out.view()));
         fast!(self, cpu::norm::rms_norm(self.isa, x, weight, eps, out));
         reference::rms_norm(x, weight, eps, out);
     }
@@ -34,6 +35,10 @@ impl Ops {
         require("layer_norm", "values of weight", weight.len(), x.cols());
         require("layer_norm", "values of bias", bias.len(), x.cols());
         require_same("layer_norm", x, out);
+        on_cuda!(self, cuda => {
+            let parameters = (weight.on(cuda), bias.on(cuda));
+            cuda.layer_norm(x.view(), parameters, eps, out.view())
+        });
         fast!(
             self,
             cpu::norm::layer_norm(self.isa, x, (weight, bias), eps, out)
@@ -58,12 +63,14 @@ impl Ops {
             out.rows(),
             gate_up.rows(),
         );
+        on_cuda!(self, cuda => cuda.gated_activation(gate_up.view(), act, out.view()));
         fast!(self, cpu::activation::gated(self.isa, gate_up, act, out));
         reference::gated_activation(gate_up, act, out);
     }
 
     /// `x = act(x)`, value by value.
     pub fn activate(&self, x: &mut Buffer, act: Activation) {
+        on_cuda!(self, cuda => cuda.activate(x.view(), act));
         fast!(self, cpu::activation::activate(self.isa, x, act));
         reference::activate(x, act);
     }
@@ -82,6 +89,7 @@ impl Ops {
         );
         require_below("copy_rows", "source row", src_rows, src.rows());
         require_below("copy_rows", "destination row", dst_rows, dst.rows());
+        on_cuda!(self, cuda => cuda.copy_rows(src.view(), src_rows, dst.view(), dst_rows));
         reference::copy_rows(src, src_rows, dst, dst_rows);
     }
 
@@ -96,6 +104,7 @@ impl Ops {
             end <= cols,
             "copy_columns: up to column {end} of {cols}. This is a bug."
         );
+        on_cuda!(self, cuda => cuda.copy_columns(src.view(), dst.view(), dst_col));
         reference::copy_columns(src, dst, dst_col);
     }
 
@@ -110,6 +119,7 @@ impl Ops {
             table.rows() > 0,
             "add_rows: a table without rows. This is a bug."
         );
+        on_cuda!(self, cuda => cuda.add_rows(x.view(), table.view()));
         reference::add_rows(x, table);
     }
 
@@ -120,6 +130,7 @@ impl Ops {
     pub fn broadcast_row(&self, row: &Vector, dst: &mut Buffer, dst_rows: &[u32]) {
         require("broadcast_row", "values of row", row.len(), dst.cols());
         require_below("broadcast_row", "row", dst_rows, dst.rows());
+        on_cuda!(self, cuda => cuda.broadcast_row(row.on(cuda), dst.view(), dst_rows));
         reference::broadcast_row(row, dst, dst_rows);
     }
 }

@@ -28,14 +28,14 @@ pub enum PoolMode {
 }
 
 impl Ops {
-    /// Cuts n images `[n, channels, height, width]` into rows of patches: out
+    /// Cuts n pictures, `[channels, height, width]` each, into rows of patches: out
     /// `[n * (height/patch) * (width/patch), channels * patch * patch]`, row-major over the grid,
     /// columns in the order (channel, py, px), which is the order of a convolution's weight. Pixels
     /// beyond the last whole patch are dropped.
     ///
     /// # Panics
     /// The shapes do not fit.
-    pub fn patchify(&self, pixels: &[f32], n: usize, geometry: PatchGeometry, out: &mut Buffer) {
+    pub fn patchify(&self, pictures: &[&[f32]], geometry: PatchGeometry, out: &mut Buffer) {
         let PatchGeometry {
             channels,
             height,
@@ -46,17 +46,19 @@ impl Ops {
             patch > 0,
             "patchify: patches without pixels. This is a bug."
         );
-        require(
-            "patchify",
-            "pixels",
-            pixels.len(),
-            n * channels * height * width,
-        );
+        for picture in pictures {
+            require(
+                "patchify",
+                "pixels",
+                picture.len(),
+                channels * height * width,
+            );
+        }
         require(
             "patchify",
             "rows of out",
             out.rows(),
-            n * (height / patch) * (width / patch),
+            pictures.len() * (height / patch) * (width / patch),
         );
         require(
             "patchify",
@@ -64,7 +66,8 @@ impl Ops {
             out.cols(),
             channels * patch * patch,
         );
-        reference::patchify(pixels, &geometry, out);
+        on_cuda!(self, cuda => cuda.patchify(pictures, &geometry, out.view()));
+        reference::patchify(pictures, &geometry, out);
     }
 
     /// Pools windows of `stride * stride` positions of square grids: x `[n * side * side, c]`, out
@@ -75,6 +78,7 @@ impl Ops {
     pub fn pool(&self, x: &Buffer, side: usize, stride: usize, mode: PoolMode, out: &mut Buffer) {
         require("pool", "columns of out", out.cols(), x.cols());
         check_windows("pool", x, side, stride, out);
+        on_cuda!(self, cuda => cuda.pool(x.view(), side, stride, mode, out.view()));
         reference::pool(x, side, stride, mode, out);
     }
 
@@ -92,6 +96,7 @@ impl Ops {
             stride * stride * x.cols(),
         );
         check_windows("pool_windows", x, side, stride, out);
+        on_cuda!(self, cuda => cuda.pool_windows(x.view(), side, stride, out.view()));
         reference::pool_windows(x, side, stride, out);
     }
 }

@@ -4,14 +4,17 @@
 //! keeps the mapping in an [`Arc`] and hands out ranges of it: this crate opens no file, and a
 //! mapping lives as long as the last weight inside it. The owner is asked for its bytes each time,
 //! and the range is checked each time, so an owner that answers differently is a panic, not a read
-//! of memory that is not there.
+//! of memory that is not there. On a GPU they are in its memory, and the host sees copies only.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
 use crate::KernelError;
 use crate::buffer::Aligned;
+#[cfg(feature = "cuda")]
+use crate::cuda::memory::Memory as DeviceMemory;
 
 /// The bytes of a packed weight. Cheap to clone: the clones share the memory.
 #[derive(Clone)]
@@ -21,6 +24,8 @@ pub struct PackedBytes(Memory);
 enum Memory {
     Own(Arc<Aligned<u8>>),
     Shared(Arc<dyn AsRef<[u8]> + Send + Sync>, Range<usize>),
+    #[cfg(feature = "cuda")]
+    Device(Arc<DeviceMemory>),
 }
 
 impl PackedBytes {
@@ -59,14 +64,41 @@ impl PackedBytes {
         PackedBytes(Memory::Own(Arc::new(bytes)))
     }
 
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_device(memory: DeviceMemory) -> PackedBytes {
+        PackedBytes(Memory::Device(Arc::new(memory)))
+    }
+
+    /// The GPU's memory that holds the bytes, if one does.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn device(&self) -> Option<&DeviceMemory> {
+        match &self.0 {
+            Memory::Device(memory) => Some(memory),
+            Memory::Own(_) | Memory::Shared(..) => None,
+        }
+    }
+
+    /// The bytes, brought from the GPU if they are there.
+    pub fn to_host(&self) -> Cow<'_, [u8]> {
+        #[cfg(feature = "cuda")]
+        if let Memory::Device(memory) = &self.0 {
+            let mut bytes = vec![0; memory.len()];
+            memory.cuda().read(memory, 0, &mut bytes);
+            return Cow::Owned(bytes);
+        }
+        Cow::Borrowed(self.as_slice())
+    }
+
     /// The bytes.
     ///
     /// # Panics
-    /// The owner of the memory has fewer bytes than when it was shared.
+    /// The owner of the memory has fewer bytes than when it was shared; they are on a GPU.
     pub fn as_slice(&self) -> &[u8] {
         match &self.0 {
             Memory::Own(bytes) => bytes.as_slice(),
             Memory::Shared(owner, range) => &(**owner).as_ref()[range.clone()],
+            #[cfg(feature = "cuda")]
+            Memory::Device(_) => panic!("a weight's bytes are on a GPU. This is a bug."),
         }
     }
 
@@ -75,6 +107,8 @@ impl PackedBytes {
         match &self.0 {
             Memory::Own(bytes) => bytes.bytes(),
             Memory::Shared(_, range) => range.len(),
+            #[cfg(feature = "cuda")]
+            Memory::Device(memory) => memory.len(),
         }
     }
 

@@ -342,7 +342,7 @@ fn a_copied_block_serves_as_well() {
                 ops.download(&out)
             };
             let expected = attend(&cache, &sequence.blocks);
-            cache.grow(9);
+            cache.grow(9).unwrap();
             cache.copy_block(sequence.blocks[1], 8);
             let found = attend(&cache, &[sequence.blocks[0], 8]);
             assert_same(

@@ -5,6 +5,8 @@
 
 mod attention;
 mod bnb;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod linear;
 mod quantised;
 mod rows;

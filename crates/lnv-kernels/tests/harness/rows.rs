@@ -115,8 +115,7 @@ fn patches_lie_in_the_order_of_a_convolution() {
     for ops in all() {
         let mut out = ops.buffer(2 * 2 * 2, channels * patch * patch);
         ops.patchify(
-            &pixels,
-            2,
+            &pixels.chunks(channels * height * width).collect::<Vec<_>>(),
             PatchGeometry {
                 channels,
                 height,

@@ -21,7 +21,7 @@ pub(crate) mod memory;
 pub(crate) mod probe;
 mod rows;
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{CString, c_char, c_void};
 use std::fmt;
@@ -188,7 +188,6 @@ pub(crate) struct Cuda {
     staging: Mutex<Option<Staging>>,
     modules: [OnceLock<Result<usize, String>>; MODULES.len()],
     functions: Mutex<HashMap<String, Function>>,
-    tables: Mutex<Tables>,
     /// Counters of attention's blocks, which are zero between kernels.
     arrivals: OnceLock<Memory>,
     blaslt: OnceLock<Option<BlasLt>>,
@@ -272,6 +271,8 @@ const ARRIVALS: usize = 4096;
 
 /// The tables that are kept; more than a pass has.
 const TABLES: usize = 256;
+/// Those that are kept when they are forgotten: more than an operation asks for before its kernel is begun.
+const RETIRED: usize = 16;
 
 type Opened = HashMap<(usize, Half), Arc<Cuda>>;
 
@@ -368,7 +369,6 @@ impl Cuda {
             staging: Mutex::default(),
             modules: [const { OnceLock::new() }; MODULES.len()],
             functions: Mutex::default(),
-            tables: Mutex::default(),
             arrivals: OnceLock::new(),
             blaslt: OnceLock::new(),
             counters: OnceLock::new(),
@@ -587,25 +587,34 @@ impl Cuda {
         memory.ptr()
     }
 
-    /// Numbers in the device's memory, uploaded the first time that they are asked for. They stay until
-    /// [`TABLES`] others were asked for.
+    /// Numbers in the device's memory, uploaded the first time that this thread asks for them. They stay until
+    /// it has asked for [`TABLES`] others: no other thread can take them away before the kernel that reads
+    /// them is begun.
     pub(crate) fn table(self: &Arc<Cuda>, numbers: &[u32]) -> DevicePtr {
-        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(memory) = tables.known.get(numbers) {
-            return memory.ptr();
+        thread_local! {
+            static KEPT: RefCell<HashMap<usize, Tables>> = RefCell::default();
         }
-        if tables.order.len() >= TABLES
-            && let Some(oldest) = tables.order.pop_front()
-        {
-            tables.known.remove(&oldest);
-        }
-        let memory = self.alloc(size_of_val(numbers).max(4));
-        self.write(&memory, 0, bytemuck::cast_slice(numbers));
-        let ptr = memory.ptr();
-        let numbers: Arc<[u32]> = numbers.into();
-        tables.order.push_back(Arc::clone(&numbers));
-        tables.known.insert(numbers, memory);
-        ptr
+        KEPT.with_borrow_mut(|kept| {
+            let tables = kept.entry(Arc::as_ptr(self) as usize).or_default();
+            if let Some(memory) = tables.known.get(numbers) {
+                return memory.ptr();
+            }
+            if tables.order.len() >= TABLES
+                && let Some(oldest) = tables.order.pop_front()
+            {
+                tables.retired.extend(tables.known.remove(&oldest));
+            }
+            if tables.retired.len() > RETIRED {
+                tables.retired.pop_front();
+            }
+            let memory = self.alloc(size_of_val(numbers).max(4));
+            self.write(&memory, 0, bytemuck::cast_slice(numbers));
+            let ptr = memory.ptr();
+            let numbers: Arc<[u32]> = numbers.into();
+            tables.order.push_back(Arc::clone(&numbers));
+            tables.known.insert(numbers, memory);
+            ptr
+        })
     }
 }
 
@@ -614,6 +623,8 @@ impl Cuda {
 struct Tables {
     known: HashMap<Arc<[u32]>, Memory>,
     order: VecDeque<Arc<[u32]>>,
+    /// Forgotten, but perhaps just found by the operation that asks for another.
+    retired: VecDeque<Memory>,
 }
 
 impl Drop for Cuda {

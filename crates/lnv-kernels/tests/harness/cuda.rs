@@ -474,3 +474,16 @@ fn a_cache_grows_and_blocks_are_copied() {
         ops.download(&out)
     });
 }
+
+/// More lists of rows than are kept, one of them used all along: it must not be forgotten while it is in use.
+#[test]
+fn many_lists_of_rows_do_not_get_into_each_others_way() {
+    compare("copies", 1.0, |ops| {
+        let src = scratch(ops, 1, 3, 8);
+        let mut dst = ops.buffer(700, 8);
+        for i in 0..699 {
+            ops.copy_rows(&src, &[2, 0], &mut dst, &[i, i + 1]);
+        }
+        ops.download(&dst)
+    });
+}

@@ -28,6 +28,12 @@ const TOWER: [(&str, usize, usize); 4] = [
     ("v_fc1", 4096, 1024),
     ("v_fc2", 1024, 4096),
 ];
+/// The 7B's heads.
+const HEADS: Heads = Heads {
+    heads: 32,
+    kv_heads: 32,
+    head_dim: 128,
+};
 /// Bytes of weights that take turns: more than a GPU's caches.
 const TURNS: usize = 256 << 20;
 
@@ -99,7 +105,7 @@ impl Bench {
             let weights = self.weights(*n, *k, dtype)?;
             for rows in rows {
                 let mut x = self.ops.scratch(*rows, *k);
-                let values: Vec<f32> = noise(4 * k).into_iter().cycle().take(rows * k).collect();
+                let values: Vec<f32> = repeated(4 * k, rows * k);
                 self.ops.write_rows(&mut x, 0, &values);
                 let mut out = self.ops.scratch(*rows, *n);
                 let bytes = weights[0].bytes() as f64 + (rows * (n + k) * 2) as f64;
@@ -126,11 +132,7 @@ impl Bench {
     fn rows(&self, rows: usize) {
         let ops = &self.ops;
         let wide = |cols: usize| {
-            let values: Vec<f32> = noise(4 * cols)
-                .into_iter()
-                .cycle()
-                .take(rows * cols)
-                .collect();
+            let values: Vec<f32> = repeated(4 * cols, rows * cols);
             ops.upload(rows, cols, &values)
         };
         let (x, weight) = (wide(4096), Vector::new(noise(4096)));
@@ -140,11 +142,7 @@ impl Bench {
             ops.rms_norm(&x, &weight, 1e-5, &mut out);
         });
         let mut gate_up = ops.scratch(rows, 22016);
-        let values: Vec<f32> = noise(4 * 22016)
-            .into_iter()
-            .cycle()
-            .take(rows * 22016)
-            .collect();
+        let values: Vec<f32> = repeated(4 * 22016, rows * 22016);
         ops.write_rows(&mut gate_up, 0, &values);
         let mut inner = ops.scratch(rows, 11008);
         let bytes = (rows * 11008 * 6) as f64;
@@ -174,21 +172,13 @@ impl Bench {
             return Ok(());
         }
         let ops = &self.ops;
-        let heads = Heads {
-            heads: 32,
-            kv_heads: 32,
-            head_dim: 128,
-        };
+        let heads = HEADS;
         let per = kv.div_ceil(KV_BLOCK);
         let mut cache = ops.kv_cache(1, heads, per * sequences, dtype)?;
         let blocks: Vec<u32> = (0..(per * sequences) as u32).collect();
         let fill = |rows: usize| {
             let cols = heads.qkv_cols();
-            let values: Vec<f32> = noise(4 * cols)
-                .into_iter()
-                .cycle()
-                .take(rows * cols)
-                .collect();
+            let values: Vec<f32> = repeated(4 * cols, rows * cols);
             let mut qkv = ops.scratch(rows, cols);
             ops.write_rows(&mut qkv, 0, &values);
             qkv
@@ -250,11 +240,7 @@ impl Bench {
             return Ok(());
         }
         let ops = &self.ops;
-        let heads = Heads {
-            heads: 32,
-            kv_heads: 32,
-            head_dim: 128,
-        };
+        let heads = HEADS;
         let weights: Vec<Vec<Weight>> = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]
             .into_iter()
             .map(|(n, k)| self.weights(n, k, dtype))
@@ -318,11 +304,7 @@ impl Bench {
             head_dim: 64,
         };
         let rows = n * 577;
-        let values: Vec<f32> = noise(3072 * 7)
-            .into_iter()
-            .cycle()
-            .take(rows * 3072)
-            .collect();
+        let values: Vec<f32> = repeated(3072 * 7, rows * 3072);
         let mut qkv = self.ops.scratch(rows, 3072);
         self.ops.write_rows(&mut qkv, 0, &values);
         let mut out = self.ops.scratch(rows, 1024);
@@ -336,6 +318,11 @@ impl Bench {
             },
         );
     }
+}
+
+/// `noise(period)` over and over, `len` values.
+fn repeated(period: usize, len: usize) -> Vec<f32> {
+    noise(period).into_iter().cycle().take(len).collect()
 }
 
 fn noise(len: usize) -> Vec<f32> {

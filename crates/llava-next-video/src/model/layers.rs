@@ -74,9 +74,7 @@ impl Linear {
     pub fn forward(&self, ops: &Ops, x: &Buffer, then: Epilogue, out: &mut Buffer) {
         ops.linear(x, &self.weight, self.bias.as_ref(), then, out);
     }
-}
 
-impl Linear {
     /// As the gate and up projections of a gated MLP, one above the other: `x [rows, k]` to
     /// `act(gate) * up [rows, n / 2]`; `gate_up [rows, n]` is scratch.
     pub fn forward_gated(

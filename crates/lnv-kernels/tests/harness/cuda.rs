@@ -7,8 +7,8 @@
 
 use lnv_kernels::{
     Activation, AttentionShape, Bnb4, Buffer, Code4, Compute, Device, Epilogue, Heads, Int8,
-    KV_BLOCK, KvDtype, Ops, PatchGeometry, PoolMode, Precision, Slot, Span, Vector, WeightData,
-    WeightDtype, WeightPart,
+    KV_BLOCK, KvDtype, Ops, PatchGeometry, PoolMode, Precision, Slot, Span, Vector, Weight,
+    WeightData, WeightDtype, WeightPart,
 };
 
 use crate::{noise, oracle};
@@ -161,7 +161,7 @@ fn patches_and_pools_agree() {
 }
 
 /// A weight `[n, k]` of noise in a format.
-fn weight(ops: &Ops, n: usize, k: usize, dtype: WeightDtype) -> lnv_kernels::Weight {
+fn weight(ops: &Ops, n: usize, k: usize, dtype: WeightDtype) -> Weight {
     let values: Vec<f32> = noise(n + 7 * k, n * k).iter().map(|v| v / 4.0).collect();
     let part = WeightPart {
         data: WeightData::F32(bytemuck::cast_slice(&values)),
@@ -185,23 +185,26 @@ fn product(
         Epilogue::Add => wide(ops, 2, rows, n),
         Epilogue::Store(_) => ops.scratch(rows, n),
     };
-    let packed = weight(ops, n, k, dtype);
+    let w = as_multiplied(ops, weight(ops, n, k, dtype));
+    ops.linear(&x, &w, bias.as_ref(), then, &mut out);
+    ops.download(&out)
+}
+
+/// The weight for a GPU, and its values as f32 for the reference, which rounds activations for some formats.
+fn as_multiplied(ops: &Ops, packed: Weight) -> Weight {
     if ops.is_cuda() {
-        ops.linear(&x, &packed, bias.as_ref(), then, &mut out);
-        return ops.download(&out);
+        return packed;
     }
-    // The processor rounds activations for some formats: the values of the weight, as f32, do without.
-    let rows_of: Vec<u32> = (0..n as u32).collect();
+    let (n, k) = (packed.n(), packed.k());
+    let all: Vec<u32> = (0..n as u32).collect();
     let mut values = ops.buffer(n, k);
-    ops.gather(&packed, &rows_of, &mut values);
+    ops.gather(&packed, &all, &mut values);
     let values = ops.download(&values);
     let part = WeightPart {
         data: WeightData::F32(bytemuck::cast_slice(&values)),
         n,
     };
-    let plain = ops.pack(&[part], k, WeightDtype::F32).expect("sizes fit");
-    ops.linear(&x, &plain, bias.as_ref(), then, &mut out);
-    ops.download(&out)
+    ops.pack(&[part], k, WeightDtype::F32).expect("sizes fit")
 }
 
 const FORMATS: [WeightDtype; 7] = [
@@ -271,19 +274,8 @@ fn a_gated_product_agrees() {
             compare(&format!("gated {dtype:?} {rows} {f} {k}"), 8.0, |ops| {
                 let x = scratch(ops, 1, rows, k);
                 let (mut gate_up, mut out) = (ops.scratch(rows, 2 * f), ops.scratch(rows, f));
-                // In f32 for the reference, which would round activations for some formats.
-                let packed = weight(ops, 2 * f, k, dtype);
-                let all: Vec<u32> = (0..2 * f as u32).collect();
-                let mut values = ops.buffer(2 * f, k);
-                ops.gather(&packed, &all, &mut values);
-                let values = ops.download(&values);
-                let part = WeightPart {
-                    data: WeightData::F32(bytemuck::cast_slice(&values)),
-                    n: 2 * f,
-                };
-                let plain = ops.pack(&[part], k, WeightDtype::F32).expect("sizes fit");
-                let w = if ops.is_cuda() { &packed } else { &plain };
-                ops.gated_linear(&x, w, None, Activation::Silu, (&mut gate_up, &mut out));
+                let w = as_multiplied(ops, weight(ops, 2 * f, k, dtype));
+                ops.gated_linear(&x, &w, None, Activation::Silu, (&mut gate_up, &mut out));
                 ops.download(&out)
             });
         }

@@ -79,10 +79,7 @@ impl Bench {
             .cycle()
             .take(n * k)
             .collect();
-        let part = WeightPart {
-            data: WeightData::Bf16(bytemuck::cast_slice(&values)),
-            n,
-        };
+        let part = WeightPart::new(WeightData::Bf16(bytemuck::cast_slice(&values)), n);
         let first = self.ops.pack(&[part], k, dtype)?;
         let mut all = vec![];
         while all.len() * first.bytes() < TURNS {

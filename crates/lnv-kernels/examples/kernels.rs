@@ -109,14 +109,9 @@ impl Bench {
             .flat_map(|v| v.to_bits().to_le_bytes()[2..].to_vec())
             .collect();
         let (start, cpu) = (Instant::now(), cpu_seconds());
-        let weight = self.ops.pack(
-            &[WeightPart {
-                data: WeightData::Bf16(&bytes),
-                n,
-            }],
-            k,
-            dtype,
-        );
+        let weight = self
+            .ops
+            .pack(&[WeightPart::new(WeightData::Bf16(&bytes), n)], k, dtype);
         let cpu = (cpu_seconds() - cpu) / self.ops.threads() as f64;
         let gigabytes = bytes.len() as f64 / 1e9;
         if copy + 1 < COPIES {

@@ -44,5 +44,6 @@ pub use ops::{
 pub use weight::bnb;
 pub use weight::bnb::Code4;
 pub use weight::{
-    Bnb4, Compute, Int8, PackedBytes, Weight, WeightData, WeightDtype, WeightPart, packed_len,
+    Bnb4, Compute, Int8, PackedBytes, PartScales, Weight, WeightData, WeightDtype, WeightPart,
+    packed_len,
 };

@@ -262,6 +262,21 @@ impl Ops {
         Weight::pack(parts, k, dtype)
     }
 
+    /// As [`Ops::pack`] to the type of `old`, whose memory is used again where it has the same size and
+    /// nobody else holds it: pages that the system has to clear cost more than packing.
+    ///
+    /// # Errors
+    /// As [`Ops::pack`].
+    pub fn pack_over(
+        &self,
+        old: Weight,
+        parts: &[WeightPart<'_>],
+        k: usize,
+    ) -> Result<Weight, KernelError> {
+        on_cuda!(self, cuda => Weight::pack_on(cuda, parts, k, old.dtype()));
+        old.pack_over(parts, k)
+    }
+
     /// A weight that was packed before ([`Weight::from_packed`]), where the arithmetic needs it: the same,
     /// or a copy in the GPU's memory.
     ///

@@ -216,6 +216,16 @@ pub(crate) fn add_rows(x: &mut Buffer, table: &Buffer) {
     }
 }
 
+/// `x[i][j] *= scales[j]`.
+pub(crate) fn scale_columns(x: &mut Buffer, scales: &Vector) {
+    let cols = x.cols().max(1);
+    for row in x.host_mut().chunks_exact_mut(cols) {
+        row.iter_mut()
+            .zip(scales.as_slice())
+            .for_each(|(x, scale)| *x *= scale);
+    }
+}
+
 /// `dst[dst_rows[i]] = row`.
 pub(crate) fn broadcast_row(row: &Vector, dst: &mut Buffer, dst_rows: &[u32]) {
     let cols = dst.cols();

@@ -161,9 +161,47 @@ pub struct WeightPart<'a> {
     pub data: WeightData<'a>,
     /// Number of rows.
     pub n: usize,
+    /// What floats are multiplied by before they are rounded.
+    pub scales: PartScales<'a>,
 }
 
-impl WeightPart<'_> {
+/// Factors of the rows and columns of a part; none is one. They are applied in f32.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PartScales<'a> {
+    /// A factor for each row, `[n]`.
+    pub rows: Option<&'a [f32]>,
+    /// A factor for each column, `[k]`.
+    pub columns: Option<&'a [f32]>,
+}
+
+impl<'a> WeightPart<'a> {
+    /// Rows as they are.
+    pub fn new(data: WeightData<'a>, n: usize) -> Self {
+        let scales = PartScales::default();
+        Self { data, n, scales }
+    }
+
+    fn row(&self, n: usize, k: usize) -> Row<'a> {
+        Row {
+            data: self.data.row(n, k),
+            scale: self.scales.rows.map(|scales| scales[n]),
+            columns: self.scales.columns,
+        }
+    }
+
+    pub(crate) fn is_scaled(&self) -> bool {
+        let PartScales { rows, columns } = self.scales;
+        rows.is_some() || columns.is_some()
+    }
+
+    /// # Panics
+    /// There are not as many scales as rows and columns: a bug of the caller.
+    fn check_scales(&self, k: usize) {
+        let PartScales { rows, columns } = self.scales;
+        let fit = rows.is_none_or(|s| s.len() == self.n) && columns.is_none_or(|s| s.len() == k);
+        assert!(fit, "other scales than rows and columns. This is a bug.");
+    }
+
     /// # Panics
     /// The part holds codes of another type than the weight's: a bug of the caller.
     fn check_type(&self, dtype: WeightDtype) {
@@ -280,22 +318,53 @@ impl Weight {
     ) -> Result<Weight, KernelError> {
         check_parts(parts, k, dtype)?;
         let n = parts.iter().map(|part| part.n).sum();
+        Self::pack_into(Aligned::zeroed(packed_len(n, k, dtype)), parts, k, dtype)
+    }
+
+    /// Packs the parts where another weight of the same size and type lay.
+    pub(crate) fn pack_over(
+        self,
+        parts: &[WeightPart<'_>],
+        k: usize,
+    ) -> Result<Weight, KernelError> {
+        let dtype = self.dtype;
+        let n = parts.iter().map(|part| part.n).sum();
+        match ((self.n, self.k) == (n, k)).then(|| self.packed.into_own()) {
+            Some(Some(packed)) => {
+                check_parts(parts, k, dtype)?;
+                Self::pack_into(packed, parts, k, dtype)
+            }
+            _ => Self::pack(parts, k, dtype),
+        }
+    }
+
+    /// Packs the parts into memory of their size, whose padding is zero.
+    fn pack_into(
+        mut packed: Aligned<u8>,
+        parts: &[WeightPart<'_>],
+        k: usize,
+        dtype: WeightDtype,
+    ) -> Result<Weight, KernelError> {
+        let n = parts.iter().map(|part| part.n).sum();
         let source = Source { parts, k };
-        let mut packed = Aligned::zeroed(packed_len(n, k, dtype));
+        let wide = dtype == WeightDtype::Q8 || parts.iter().any(WeightPart::is_scaled);
         let panels = packed
             .as_mut_slice()
             .par_chunks_mut(panel_len(k, dtype).max(1))
             .enumerate();
         panels.for_each(|(index, panel)| {
-            let columns: Columns<'_> = std::array::from_fn(|c| source.row(index * PANEL + c));
-            match dtype {
-                WeightDtype::Q8 => {
-                    rotated(&columns, k, |columns| q8::pack_panel(columns, k, panel))
-                }
-                WeightDtype::Q4 => q4::pack_panel(&columns, k, panel),
-                WeightDtype::Bnb4(of) => bnb4::pack_panel(of, &columns, k, panel),
-                WeightDtype::Int8(_) => int8::pack_panel(&columns, k, panel),
-                dtype => float::pack_panel(dtype, &columns, k, panel),
+            let rows: [Option<Row<'_>>; PANEL] =
+                std::array::from_fn(|c| source.row(index * PANEL + c));
+            let mut pack = |columns: &Columns<'_>| match dtype {
+                WeightDtype::Q8 => q8::pack_panel(columns, k, panel),
+                WeightDtype::Q4 => q4::pack_panel(columns, k, panel),
+                WeightDtype::Bnb4(of) => bnb4::pack_panel(of, columns, k, panel),
+                WeightDtype::Int8(_) => int8::pack_panel(columns, k, panel),
+                dtype => float::pack_panel(dtype, columns, k, panel),
+            };
+            match wide {
+                true => widened(&rows, k, dtype == WeightDtype::Q8, pack),
+                false => pack(&rows.map(|row| row.map(|row| row.data))),
             }
         });
         Weight::from_packed(n, k, dtype, PackedBytes::own(packed))
@@ -318,6 +387,7 @@ fn check_parts(parts: &[WeightPart<'_>], k: usize, dtype: WeightDtype) -> Result
     check_depth(k, dtype)?;
     for part in parts {
         part.check_type(dtype);
+        part.check_scales(k);
         let (scales, found_scales) = part.data.scales(part.n, k);
         let expected = part.data.bytes_of(part.n * k) + 4 * scales;
         let found = part.data.bytes().len() + 4 * found_scales;
@@ -365,22 +435,49 @@ fn panel_len(k: usize, dtype: WeightDtype) -> usize {
 /// The rows of a panel's columns; `None` beyond the last column.
 pub(crate) type Columns<'a> = [Option<WeightData<'a>>; PANEL];
 
-/// Runs `work` on a panel's columns after their rotation.
-fn rotated(columns: &Columns<'_>, k: usize, work: impl FnOnce(&Columns<'_>)) {
+/// Rows widened to f32 and scaled, and, where they are to be, rotated.
+fn widened(
+    rows: &[Option<Row<'_>>; PANEL],
+    k: usize,
+    rotates: bool,
+    work: impl FnOnce(&Columns<'_>),
+) {
     thread_local! {
         static ROWS: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
     }
-    let mut rows = ROWS.take();
-    rows.resize(PANEL * k, 0.0);
-    for (row, data) in rows.chunks_exact_mut(k.max(1)).zip(columns) {
-        if let Some(data) = data {
-            float::widen_row(data, row);
-            rotate::rotate(row);
+    let mut wide = ROWS.take();
+    wide.resize(PANEL * k, 0.0);
+    for (wide, row) in wide.chunks_exact_mut(k.max(1)).zip(rows) {
+        let Some(row) = row else { continue };
+        row.widen(wide);
+        if rotates {
+            rotate::rotate(wide);
         }
     }
-    let row = |c: usize| WeightData::F32(bytemuck::cast_slice(&rows[c * k..(c + 1) * k]));
-    work(&std::array::from_fn(|c| columns[c].map(|_| row(c))));
-    ROWS.set(rows);
+    let row = |c: usize| WeightData::F32(bytemuck::cast_slice(&wide[c * k..(c + 1) * k]));
+    work(&std::array::from_fn(|c| rows[c].map(|_| row(c))));
+    ROWS.set(wide);
+}
+
+/// A row of a part.
+#[derive(Clone, Copy)]
+struct Row<'a> {
+    data: WeightData<'a>,
+    scale: Option<f32>,
+    columns: Option<&'a [f32]>,
+}
+
+impl Row<'_> {
+    /// Writes the scaled values.
+    fn widen(&self, out: &mut [f32]) {
+        float::widen_row(&self.data, out);
+        if let Some(scales) = self.columns {
+            out.iter_mut().zip(scales).for_each(|(v, s)| *v *= s);
+        }
+        if let Some(scale) = self.scale {
+            out.iter_mut().for_each(|v| *v *= scale);
+        }
+    }
 }
 
 struct Source<'a> {
@@ -389,10 +486,10 @@ struct Source<'a> {
 }
 
 impl<'a> Source<'a> {
-    fn row(&self, mut n: usize) -> Option<WeightData<'a>> {
+    fn row(&self, mut n: usize) -> Option<Row<'a>> {
         for part in self.parts {
             if n < part.n {
-                return Some(part.data.row(n, self.k));
+                return Some(part.row(n, self.k));
             }
             n -= part.n;
         }
@@ -445,7 +542,7 @@ mod tests {
                 (WeightData::Bf16(&brain), &brain_values),
                 (WeightData::F16(&half), &source),
             ] {
-                let part = [WeightPart { data, n }];
+                let part = [WeightPart::new(data, n)];
                 for dtype in [WeightDtype::F32, WeightDtype::Bf16, WeightDtype::F16] {
                     let weight = Weight::pack(&part, k, dtype).expect("sizes fit");
                     assert_eq!((weight.n(), weight.k(), weight.dtype()), (n, k, dtype));
@@ -466,7 +563,7 @@ mod tests {
         let parts = sizes.map(|n| {
             let data = WeightData::F32(&bytes[start..start + n * k * 4]);
             start += n * k * 4;
-            WeightPart { data, n }
+            WeightPart::new(data, n)
         });
         round_trip(
             &Weight::pack(&parts, k, WeightDtype::F32).expect("sizes fit"),
@@ -480,7 +577,7 @@ mod tests {
         let bytes: Vec<u8> = values(n, k).iter().flat_map(|v| v.to_le_bytes()).collect();
         let data = WeightData::F32(&bytes);
         for dtype in [WeightDtype::F32, WeightDtype::Bf16, WeightDtype::F16] {
-            let weight = Weight::pack(&[WeightPart { data, n }], k, dtype).expect("sizes fit");
+            let weight = Weight::pack(&[WeightPart::new(data, n)], k, dtype).expect("sizes fit");
             let packed = PackedBytes::copied(weight.packed_bytes());
             assert_eq!(packed.len(), packed_len(n, k, dtype));
             let again = Weight::from_packed(n, k, dtype, packed.clone()).expect("sizes fit");
@@ -499,12 +596,62 @@ mod tests {
         );
     }
 
+    /// Scaled while it is packed, in memory that was another weight's, it is the weight of scaled values.
+    #[test]
+    fn scales_and_used_memory_make_no_difference() {
+        let (n, k) = (70, 64);
+        let all = values(n, k);
+        let rows: Vec<f32> = (0..n).map(|i| f32::exp2((i % 5) as f32 - 2.0)).collect();
+        let columns: Vec<f32> = (0..k).map(|i| f32::exp2((i % 7) as f32 - 3.0)).collect();
+        let scaled: Vec<f32> = (0..n * k)
+            .map(|i| all[i] * rows[i / k] * columns[i % k])
+            .collect();
+        let code = crate::bnb::Code4::Nf4;
+        let compute = Compute::F32;
+        for dtype in [
+            WeightDtype::F32,
+            WeightDtype::Bf16,
+            WeightDtype::F16,
+            WeightDtype::Q8,
+            WeightDtype::Q4,
+            WeightDtype::Bnb4(Bnb4 { code, compute }),
+            WeightDtype::Int8(Int8::new(6.0)),
+        ] {
+            let plain = [WeightPart::new(
+                WeightData::F32(bytemuck::cast_slice(&scaled)),
+                n,
+            )];
+            let expected = Weight::pack(&plain, k, dtype).expect("sizes fit");
+            let given = [WeightPart {
+                scales: PartScales {
+                    rows: Some(&rows),
+                    columns: Some(&columns),
+                },
+                ..WeightPart::new(WeightData::F32(bytemuck::cast_slice(&all)), n)
+            }];
+            let other = Weight::pack(
+                &[WeightPart {
+                    scales: PartScales::default(),
+                    ..given[0]
+                }],
+                k,
+                dtype,
+            );
+            let other = other.expect("sizes fit");
+            let address = other.packed_bytes().as_ptr();
+            let found = other.pack_over(&given, k).expect("sizes fit");
+            assert_eq!(found.packed_bytes().as_ptr(), address);
+            assert_eq!(found.packed_bytes(), expected.packed_bytes(), "{dtype:?}");
+            // Memory that somebody holds is left alone.
+            let held = found.clone();
+            let again = found.pack_over(&plain, k).expect("sizes fit");
+            assert_ne!(again.packed_bytes().as_ptr(), held.packed_bytes().as_ptr());
+        }
+    }
+
     #[test]
     fn wrong_sizes_are_told() {
-        let part = [WeightPart {
-            data: WeightData::Bf16(&[0; 11]),
-            n: 2,
-        }];
+        let part = [WeightPart::new(WeightData::Bf16(&[0; 11]), 2)];
         let error = Weight::pack(&part, 3, WeightDtype::Bf16).expect_err("wrong");
         assert!(
             error

@@ -63,10 +63,7 @@ fn product(ops: &Ops, cuda: &Arc<Cuda>, side: usize) -> f64 {
     let values: Vec<f32> = row.iter().copied().cycle().take(side * side).collect();
     let mut x = ops.scratch(side, side);
     ops.write_rows(&mut x, 0, &values);
-    let part = WeightPart {
-        data: WeightData::F32(bytemuck::cast_slice(&values)),
-        n: side,
-    };
+    let part = WeightPart::new(WeightData::F32(bytemuck::cast_slice(&values)), side);
     let dtype = match cuda.half() {
         Half::F32 => WeightDtype::F32,
         Half::Bf16 => WeightDtype::Bf16,

@@ -129,6 +129,16 @@ impl Cuda {
         self.rows_kernel("add_rows", x.rows, threads(x.cols), &args);
     }
 
+    pub(crate) fn scale_columns(&self, x: View, scales: u64) {
+        let args = [
+            Arg::Ptr(x.ptr),
+            x.half(),
+            Arg::Ptr(scales),
+            Arg::count(x.cols),
+        ];
+        self.rows_kernel("scale_columns", x.rows, threads(x.cols), &args);
+    }
+
     pub(crate) fn broadcast_row(self: &Arc<Cuda>, row: u64, to: View, to_rows: &[u32]) {
         let args = [
             Arg::Ptr(row),

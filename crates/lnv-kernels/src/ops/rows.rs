@@ -123,6 +123,16 @@ impl Ops {
         reference::add_rows(x, table);
     }
 
+    /// `x[i][j] *= scales[j]`. x `[rows, n]`, scales `[n]`.
+    ///
+    /// # Panics
+    /// The shapes do not fit.
+    pub fn scale_columns(&self, x: &mut Buffer, scales: &Vector) {
+        require("scale_columns", "values of scales", scales.len(), x.cols());
+        on_cuda!(self, cuda => cuda.scale_columns(x.view(), scales.on(cuda)));
+        reference::scale_columns(x, scales);
+    }
+
     /// `dst[dst_rows[i]] = row`. row `[n]`, dst `[.., n]`.
     ///
     /// # Panics

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::{Weight, WeightDtype, WeightPart, check_parts, float};
+use super::{Weight, WeightDtype, WeightPart, check_parts};
 use crate::KernelError;
 use crate::cuda::memory::Memory;
 use crate::cuda::{Cuda, DeviceWeight, Half};
@@ -61,11 +61,10 @@ impl Weight {
         let memory = cuda.try_alloc(n * row_bytes).map_err(KernelError::Cuda)?;
         let mut at = 0;
         for part in parts {
-            if part.data.dtype() == Some(cuda.half().dtype()) {
+            if part.data.dtype() == Some(cuda.half().dtype()) && !part.is_scaled() {
                 cuda.write(&memory, at, part.data.bytes());
             } else {
-                let row =
-                    |row: usize, out: &mut [f32]| float::widen_row(&part.data.row(row, k), out);
+                let row = |row: usize, out: &mut [f32]| part.row(row, k).widen(out);
                 write_rows(cuda, &memory, at, (part.n, k), row);
             }
             at += part.n * row_bytes;

@@ -64,6 +64,14 @@ impl PackedBytes {
         PackedBytes(Memory::Own(Arc::new(bytes)))
     }
 
+    /// The memory, where it is this weight's alone.
+    pub(crate) fn into_own(self) -> Option<Aligned<u8>> {
+        match self.0 {
+            Memory::Own(bytes) => Arc::into_inner(bytes),
+            _ => None,
+        }
+    }
+
     #[cfg(feature = "cuda")]
     pub(crate) fn on_device(memory: DeviceMemory) -> PackedBytes {
         PackedBytes(Memory::Device(Arc::new(memory)))

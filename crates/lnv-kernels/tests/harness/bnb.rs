@@ -31,7 +31,9 @@ fn bytes(values: &[f32]) -> Vec<u8> {
 fn pack(values: &[f32], k: usize, dtype: WeightDtype) -> Weight {
     let (bytes, n) = (bytes(values), values.len() / k);
     let data = WeightData::F32(&bytes);
-    oracle().pack(&[WeightPart { data, n }], k, dtype).unwrap()
+    oracle()
+        .pack(&[WeightPart::new(data, n)], k, dtype)
+        .unwrap()
 }
 
 fn weight(n: usize, k: usize, dtype: WeightDtype) -> Weight {
@@ -85,7 +87,7 @@ fn codes_and_floats_pack_to_the_same_bytes_and_back_to_the_values() {
                     absmax: scales,
                 },
             };
-            let parts = [WeightPart { data, n }, WeightPart { data: floats, n }];
+            let parts = [WeightPart::new(data, n), WeightPart::new(floats, n)];
             let given = oracle().pack(&parts[..1], k, dtype).unwrap();
             let made = oracle().pack(&parts[1..], k, dtype).unwrap();
             assert_eq!(given.packed_bytes(), made.packed_bytes(), "{what}");
@@ -100,7 +102,7 @@ fn codes_and_floats_pack_to_the_same_bytes_and_back_to_the_values() {
                 WeightData::Int8 { codes, .. } => WeightData::Int8 { codes, scb: &[] },
                 _ => WeightData::Bnb4 { codes, absmax: &[] },
             };
-            let wrong = [WeightPart { data: wrong, n }];
+            let wrong = [WeightPart::new(wrong, n)];
             let error = oracle().pack(&wrong, k, dtype).unwrap_err();
             assert!(error.to_string().contains("bytes"), "{error}");
         }

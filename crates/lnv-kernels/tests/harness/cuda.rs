@@ -124,6 +124,7 @@ fn rows_and_columns_are_put_in_place() {
             ops.broadcast_row(&vector(7, cols), &mut dst, &[0]);
             ops.write_rows(&mut dst, 2, &noise(8, cols));
             ops.add_rows(&mut dst, &wide(ops, 9, 2, cols));
+            ops.scale_columns(&mut dst, &vector(10, cols));
             let mut wider = ops.buffer(3, cols + 3);
             ops.copy_columns(&src, &mut wider, 2);
             [ops.download(&dst), ops.download(&wider)].concat()
@@ -163,10 +164,7 @@ fn patches_and_pools_agree() {
 /// A weight `[n, k]` of noise in a format.
 fn weight(ops: &Ops, n: usize, k: usize, dtype: WeightDtype) -> Weight {
     let values: Vec<f32> = noise(n + 7 * k, n * k).iter().map(|v| v / 4.0).collect();
-    let part = WeightPart {
-        data: WeightData::F32(bytemuck::cast_slice(&values)),
-        n,
-    };
+    let part = WeightPart::new(WeightData::F32(bytemuck::cast_slice(&values)), n);
     ops.pack(&[part], k, dtype).expect("sizes fit")
 }
 
@@ -200,10 +198,7 @@ fn as_multiplied(ops: &Ops, packed: Weight) -> Weight {
     let mut values = ops.buffer(n, k);
     ops.gather(&packed, &all, &mut values);
     let values = ops.download(&values);
-    let part = WeightPart {
-        data: WeightData::F32(bytemuck::cast_slice(&values)),
-        n,
-    };
+    let part = WeightPart::new(WeightData::F32(bytemuck::cast_slice(&values)), n);
     ops.pack(&[part], k, WeightDtype::F32).expect("sizes fit")
 }
 

@@ -11,15 +11,8 @@ fn weight(ops: &Ops, n: usize, k: usize, dtype: WeightDtype) -> Weight {
         .iter()
         .flat_map(|v| v.to_le_bytes())
         .collect();
-    ops.pack(
-        &[WeightPart {
-            data: WeightData::F32(&bytes),
-            n,
-        }],
-        k,
-        dtype,
-    )
-    .unwrap()
+    ops.pack(&[WeightPart::new(WeightData::F32(&bytes), n)], k, dtype)
+        .unwrap()
 }
 
 /// The reference itself, against the definition on the dense matrix.

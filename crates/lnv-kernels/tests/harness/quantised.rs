@@ -14,7 +14,9 @@ const DTYPES: [WeightDtype; 2] = [WeightDtype::Q8, WeightDtype::Q4];
 fn pack(values: &[f32], k: usize, dtype: WeightDtype) -> Weight {
     let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
     let (data, n) = (WeightData::F32(&bytes), values.len() / k);
-    oracle().pack(&[WeightPart { data, n }], k, dtype).unwrap()
+    oracle()
+        .pack(&[WeightPart::new(data, n)], k, dtype)
+        .unwrap()
 }
 
 fn weight(n: usize, k: usize, dtype: WeightDtype) -> Weight {

@@ -96,6 +96,9 @@ fn copies_put_rows_and_columns_in_place() {
         ops.add_rows(&mut dst, &ops.upload(2, 2, &[1.0, 1.0, 0.0, 2.0]));
         let expected = [8.0, 9.0, 5.0, 8.0, 10.0, 10.0, 1.0, 4.0];
         assert_same(&ops.download(&dst), &expected, "add_rows");
+        ops.scale_columns(&mut dst, &Vector::new(vec![0.5, 2.0]));
+        let expected = [4.0, 18.0, 2.5, 16.0, 5.0, 20.0, 0.5, 8.0];
+        assert_same(&ops.download(&dst), &expected, "scale_columns");
         let mut wide = ops.buffer(3, 5);
         ops.copy_columns(&src, &mut wide, 2);
         assert_same(

@@ -200,6 +200,13 @@ DEVICE void add_rows(void *x, int x_half, const void *table, int table_half, int
         put<T>(x, row + i, x_half, at<T>(x, row + i, x_half) + at<T>(table, add + i, table_half));
 }
 
+// A block a row: x[b][j] *= scales[j].
+template <class T> DEVICE void scale_columns(void *x, int x_half, const float *scales, int cols) {
+    size_t row = (size_t)blockIdx.x * cols;
+    for (int i = threadIdx.x; i < cols; i += blockDim.x)
+        put<T>(x, row + i, x_half, at<T>(x, row + i, x_half) * scales[i]);
+}
+
 // A block a row: to[to_rows[b]] = row.
 template <class T>
 DEVICE void broadcast_row(const float *row, void *to, int to_half, const u32 *to_rows, int cols) {
@@ -292,6 +299,10 @@ GLOBAL(probe_read)(const Quad *from, size_t quads, u32 *sink) { let_next_begin()
     GLOBAL(add_rows_##name)(void *x, int x_half, const void *table, int table_half, int table_rows,      \
                             int cols) { let_next_begin(); wait_for_previous();                                                                  \
         add_rows<T>(x, x_half, table, table_half, table_rows, cols);                                     \
+    }                                                                                                    \
+    GLOBAL(scale_columns_##name)(void *x, int x_half, const float *scales,                               \
+                                 int cols) { let_next_begin(); wait_for_previous();                                                             \
+        scale_columns<T>(x, x_half, scales, cols);                                                       \
     }                                                                                                    \
     GLOBAL(broadcast_row_##name)(const float *row, void *to, int to_half, const u32 *to_rows,            \
                                  int cols) { let_next_begin(); wait_for_previous();                                                             \

@@ -4,6 +4,7 @@
 //! `forward` is a straight line of operations from `lnv-kernels`. The device is chosen once, when
 //! loading; no code here asks for it again. Knows no request, no text and no file other than weights.
 
+mod balance;
 pub mod batch;
 mod bitsandbytes;
 mod export;

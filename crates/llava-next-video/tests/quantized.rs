@@ -209,7 +209,7 @@ fn what_is_not_what_it_says_is_refused_by_name() {
         (
             "format",
             json!("q4"),
-            &["lm_head.weight", "model.safetensors", "Q4"],
+            &["q_proj+k_proj+v_proj.weight", "model.safetensors", "Q4"],
         ),
     ];
     for (key, value, words) in rows {

@@ -22,6 +22,7 @@ use std::sync::Arc;
 
 use lnv_kernels::{Bnb4, Compute, Device, Int8, Ops, PackedBytes, Precision, Weight, WeightDtype};
 
+use super::balance::TABLE_SCALES;
 use super::bitsandbytes::{self, BLOCK};
 use super::llava_next_video::LoadOptions;
 use super::weights::Checkpoint;
@@ -39,6 +40,10 @@ pub struct Formats {
     pub quantization: Option<Quantization>,
     /// The embedding table is the head as well.
     pub tied: bool,
+    /// The decoder's channels are brought to like sizes before they are rounded ([`super::balance`]).
+    pub(super) balanced: bool,
+    /// The embedding table is the head as well and its columns were scaled: rows are scaled back.
+    pub(super) table_scaled: bool,
     /// The tensors that bitsandbytes has quantised in the file, where it has; `false` for what the
     /// kernels cannot take as it is.
     pub(super) quantised: Option<Arc<HashMap<String, bool>>>,
@@ -85,6 +90,18 @@ impl Part {
 }
 
 impl Formats {
+    /// Everything in one type of floats.
+    pub(super) fn dense_only(dtype: Dtype) -> Self {
+        Self {
+            dtype,
+            quantization: None,
+            tied: false,
+            balanced: false,
+            table_scaled: false,
+            quantised: None,
+        }
+    }
+
     /// The formats of a checkpoint's weights under `options`.
     ///
     /// # Errors
@@ -108,10 +125,17 @@ impl Formats {
                 Some(Quantization::Q8 | Quantization::Q4) => Dtype::Bf16,
                 None => checkpoint.stored_dtype(),
             };
+            let packs = matches!(
+                options.quantization,
+                Some(Quantization::Q8 | Quantization::Q4)
+            );
+            let balanced = packs && !checkpoint.is_synthetic();
             return Ok(Self {
                 dtype: options.dtype.unwrap_or_else(auto),
                 quantization: options.quantization.clone(),
                 tied,
+                balanced,
+                table_scaled: balanced && tied,
                 quantised: None,
             });
         };
@@ -132,6 +156,8 @@ impl Formats {
             dtype: packed.dense,
             quantization: Some(stored),
             tied,
+            balanced: false,
+            table_scaled: checkpoint.contains(TABLE_SCALES),
             quantised: None,
         })
     }
@@ -173,6 +199,8 @@ impl Formats {
             dtype: options.dtype.unwrap_or_else(|| checkpoint.stored_dtype()),
             quantization: Some(used.into()),
             tied,
+            balanced: false,
+            table_scaled: false,
             quantised: Some(Arc::new(quantised)),
         })
     }
@@ -361,10 +389,9 @@ mod tests {
 
     fn formats(quantization: Option<Quantization>, tied: bool) -> [WeightDtype; 6] {
         let formats = Formats {
-            dtype: Dtype::Bf16,
             quantization,
             tied,
-            quantised: None,
+            ..Formats::dense_only(Dtype::Bf16)
         };
         MATRICES.map(|name| formats.of(&[name], 64))
     }
@@ -395,23 +422,20 @@ mod tests {
     #[test]
     fn a_matrix_too_deep_for_its_format_stays_dense() {
         let formats = Formats {
-            dtype: Dtype::F16,
             quantization: Some(Quantization::Q8),
-            tied: false,
-            quantised: None,
+            ..Formats::dense_only(Dtype::F16)
         };
         assert_eq!(formats.of(&[MATRICES[3]], 1 << 20), WeightDtype::F16);
     }
     #[test]
     fn a_skipped_part_leaves_a_matrix_dense_and_a_tied_head_is_never_quantised() {
         let formats = |tied| Formats {
-            dtype: Dtype::Bf16,
             quantization: Some(Quantization::BitsAndBytes(BitsAndBytesConfig {
                 llm_int8_skip_modules: Some(vec!["v_proj".into(), "layers.1".into()]),
                 ..BitsAndBytesConfig::of(BitsAndBytesKind::Int8)
             })),
             tied,
-            quantised: None,
+            ..Formats::dense_only(Dtype::Bf16)
         };
         let int8 = WeightDtype::Int8(Int8::new(6.0));
         let names = |layer: usize, parts: &[&str]| -> Vec<String> {

@@ -4,7 +4,9 @@
 //! stream stays in f32 whatever the weights' type, which is never less exact than the reference's bf16.
 //! The last layer writes all keys and values but goes on with the rows that somebody reads.
 
-use lnv_kernels::{AttentionShape, Buffer, Epilogue, Heads, KvCache, KvDtype, Ops, Span, Weight};
+use lnv_kernels::{
+    AttentionShape, Buffer, Epilogue, Heads, KvCache, KvDtype, Ops, Slot, Span, Vector, Weight,
+};
 
 use rayon::prelude::*;
 
@@ -24,6 +26,9 @@ const ROPE_ROWS: usize = 32;
 pub struct LanguageModel {
     config: TextConfig,
     embed_tokens: Weight,
+    /// What embedded rows are multiplied by, where the head's channels were brought to like sizes and the
+    /// table is the head.
+    embed_scales: Option<Vector>,
     layers: Vec<DecoderLayer>,
     norm: RmsNorm,
     /// `None` where the embedding table is the head.
@@ -31,8 +36,8 @@ pub struct LanguageModel {
     kv_dtype: KvDtype,
 }
 
-struct DecoderLayer {
-    input_layernorm: RmsNorm,
+pub(super) struct DecoderLayer {
+    pub(super) input_layernorm: RmsNorm,
     qkv_proj: Linear,
     o_proj: Linear,
     post_attention_layernorm: RmsNorm,
@@ -42,16 +47,16 @@ struct DecoderLayer {
 }
 
 /// Activations of one pass, reused by every layer.
-struct Scratch {
-    normed: Buffer,
+pub(super) struct Scratch {
+    pub(super) normed: Buffer,
     qkv: Buffer,
-    attended: Buffer,
+    pub(super) attended: Buffer,
     gate_up: Buffer,
-    inner: Buffer,
+    pub(super) inner: Buffer,
 }
 
 impl Scratch {
-    fn new(ops: &Ops, config: &TextConfig, rows: usize) -> Self {
+    pub(super) fn new(ops: &Ops, config: &TextConfig, rows: usize) -> Self {
         Self {
             normed: ops.scratch(rows, config.hidden_size),
             qkv: ops.scratch(rows, config.qkv_rows()),
@@ -63,12 +68,13 @@ impl Scratch {
 }
 
 /// What one layer needs to know of the pass.
-struct Pass<'a> {
-    ops: &'a Ops,
-    batch: &'a Batch<'a>,
-    slots: &'a [lnv_kernels::Slot],
-    cos_sin: &'a Buffer,
-    eager: bool,
+pub(super) struct Pass<'a> {
+    pub(super) ops: &'a Ops,
+    pub(super) config: &'a TextConfig,
+    pub(super) batch: &'a Batch<'a>,
+    pub(super) slots: &'a [Slot],
+    pub(super) cos_sin: &'a Buffer,
+    pub(super) eager: bool,
 }
 
 impl LanguageModel {
@@ -78,6 +84,17 @@ impl LanguageModel {
     /// A tensor is missing or has another shape.
     pub fn load(loader: &Loader<'_>, config: &TextConfig, kv_dtype: KvDtype) -> Result<Self> {
         let (v, d) = (config.vocab_size, config.hidden_size);
+        let mut balance = loader.balance(config)?;
+        let mut layers = Vec::with_capacity(config.num_hidden_layers);
+        for i in 0..config.num_hidden_layers {
+            if let Some(balance) = &mut balance {
+                loader.scale(balance.layer(i)?);
+            }
+            layers.push(DecoderLayer::load(loader, config, i)?);
+        }
+        if let Some(balance) = balance {
+            loader.scale(balance.head()?);
+        }
         let table = [("language_model.embed_tokens.weight".to_owned(), v)];
         // A tied checkpoint may still carry the head; the reference ignores it then.
         let lm_head = match config.tie_word_embeddings {
@@ -86,9 +103,8 @@ impl LanguageModel {
         };
         Ok(Self {
             embed_tokens: loader.matrix(&table, d)?,
-            layers: (0..config.num_hidden_layers)
-                .map(|i| DecoderLayer::load(loader, config, i))
-                .collect::<Result<_>>()?,
+            embed_scales: loader.table_scales(d)?,
+            layers,
             norm: RmsNorm::load(loader, "language_model.norm", d, config.rms_norm_eps)?,
             lm_head,
             kv_dtype,
@@ -116,7 +132,7 @@ impl LanguageModel {
 
     /// A cache without blocks, to be grown.
     pub fn empty_cache(&self, ops: &Ops) -> KvCache {
-        ops.empty_kv_cache(self.layers.len(), self.heads(), self.kv_dtype)
+        ops.empty_kv_cache(self.layers.len(), heads(&self.config), self.kv_dtype)
     }
 
     /// A cache of `blocks` blocks for this decoder.
@@ -124,8 +140,13 @@ impl LanguageModel {
     /// # Errors
     /// The device has no room.
     pub fn new_cache(&self, ops: &Ops, blocks: usize) -> Result<KvCache> {
-        ops.kv_cache(self.layers.len(), self.heads(), blocks, self.kv_dtype)
-            .map_err(|e| Error::Device(e.to_string()))
+        ops.kv_cache(
+            self.layers.len(),
+            heads(&self.config),
+            blocks,
+            self.kv_dtype,
+        )
+        .map_err(|e| Error::Device(e.to_string()))
     }
 
     /// How its caches keep keys and values.
@@ -140,6 +161,9 @@ impl LanguageModel {
     pub fn embed(&self, ops: &Ops, ids: &[u32]) -> Buffer {
         let mut out = ops.buffer(ids.len(), self.config.hidden_size);
         ops.gather(&self.embed_tokens, ids, &mut out);
+        if let Some(scales) = &self.embed_scales {
+            ops.scale_columns(&mut out, scales);
+        }
         out
     }
 
@@ -183,9 +207,10 @@ impl LanguageModel {
         on_layer: OnLayer<'_>,
     ) -> Result<DecoderOutput> {
         let slots = batch.slots();
-        let cos_sin = self.cos_sin(ops, batch);
+        let cos_sin = cos_sin(ops, &self.config, batch);
         let pass = Pass {
             ops,
+            config: &self.config,
             batch,
             slots: &slots,
             cos_sin: &cos_sin,
@@ -203,7 +228,7 @@ impl LanguageModel {
             let keep_here = if whole { Keep::All } else { keep };
             let weights;
             let (cache, scratch) = ((&mut *cache, i), &mut scratch);
-            (x, weights) = layer.forward(self, &pass, x, cache, keep_here, scratch);
+            (x, weights) = layer.forward(&pass, x, cache, keep_here, scratch);
             attentions.extend(weights);
             on_layer(i + 1)?;
         }
@@ -228,45 +253,10 @@ impl LanguageModel {
             attentions,
         })
     }
-
-    pub(crate) fn heads(&self) -> Heads {
-        heads(&self.config)
-    }
-
-    fn attention_shape(&self, window: Option<usize>) -> AttentionShape {
-        let scale = (self.config.head_dim as f32).powf(-0.5);
-        AttentionShape {
-            heads: self.heads(),
-            scale,
-            window,
-        }
-    }
-
-    /// Cosines and sines of every token: `[tokens, d]`, d/2 cosines then d/2 sines.
-    fn cos_sin(&self, ops: &Ops, batch: &Batch<'_>) -> Buffer {
-        let d = self.config.head_dim;
-        let mut table = vec![0.0; batch.tokens() * d];
-        let mut rest = table.as_mut_slice();
-        for span in &batch.spans {
-            let rope = self.config.rope.frequencies(d, span.rope_length);
-            let rows;
-            (rows, rest) = rest.split_at_mut(span.len() * d);
-            let rows = rows.par_chunks_exact_mut(d).zip(&span.positions);
-            rows.with_min_len(ROPE_ROWS).for_each(|(row, position)| {
-                let (cos, sin) = row.split_at_mut(d / 2);
-                for ((cos, sin), f) in cos.iter_mut().zip(sin).zip(&rope.inv_freq) {
-                    let angle = *position as f32 * f;
-                    *cos = angle.cos() * rope.attention_scaling;
-                    *sin = angle.sin() * rope.attention_scaling;
-                }
-            });
-        }
-        ops.upload(batch.tokens(), d, &table)
-    }
 }
 
 impl DecoderLayer {
-    fn load(loader: &Loader<'_>, config: &TextConfig, i: usize) -> Result<Self> {
+    pub(super) fn load(loader: &Loader<'_>, config: &TextConfig, i: usize) -> Result<Self> {
         let (d, f) = (config.hidden_size, config.intermediate_size);
         let q = config.num_attention_heads * config.head_dim;
         let kv = config.num_key_value_heads * config.head_dim;
@@ -289,6 +279,17 @@ impl DecoderLayer {
         })
     }
 
+    /// Its matrices, for their memory.
+    pub(super) fn into_weights(self) -> [Weight; 4] {
+        let all = [
+            self.qkv_proj,
+            self.o_proj,
+            self.gate_up_proj,
+            self.down_proj,
+        ];
+        all.map(Linear::into_weight)
+    }
+
     fn bytes(&self) -> usize {
         [
             &self.qkv_proj,
@@ -302,23 +303,22 @@ impl DecoderLayer {
     }
 
     /// One layer over the rows of `x`; returns the kept rows and, eagerly, the attention weights.
-    fn forward(
+    pub(super) fn forward(
         &self,
-        model: &LanguageModel,
         pass: &Pass<'_>,
         mut x: Buffer,
         (cache, index): (&mut KvCache, usize),
         keep: Keep,
         s: &mut Scratch,
     ) -> (Buffer, Option<Vec<Vec<f32>>>) {
-        let (ops, config) = (pass.ops, &model.config);
+        let (ops, config) = (pass.ops, pass.config);
         self.input_layernorm.forward(ops, &x, &mut s.normed);
         self.qkv_proj
             .forward(ops, &s.normed, Epilogue::Store(None), &mut s.qkv);
         ops.rope_write_kv(
             &mut s.qkv,
             pass.cos_sin,
-            model.heads(),
+            heads(config),
             cache,
             index,
             pass.slots,
@@ -326,7 +326,7 @@ impl DecoderLayer {
 
         let (spans, rows) = pass.batch.kernel_spans(keep);
         let qkv = (&s.qkv, &*cache, index);
-        let weights = self.attend(model, pass, qkv, &spans, &mut s.attended);
+        let weights = self.attend(pass, qkv, &spans, &mut s.attended);
         if rows.len() < x.rows() {
             x = pick(ops, &x, &rows);
             let attended = pick(ops, &s.attended, &rows);
@@ -348,13 +348,16 @@ impl DecoderLayer {
 
     fn attend(
         &self,
-        model: &LanguageModel,
         pass: &Pass<'_>,
         (qkv, cache, index): (&Buffer, &KvCache, usize),
         spans: &[Span<'_>],
         out: &mut Buffer,
     ) -> Option<Vec<Vec<f32>>> {
-        let shape = model.attention_shape(self.window);
+        let shape = AttentionShape {
+            heads: heads(pass.config),
+            scale: (pass.config.head_dim as f32).powf(-0.5),
+            window: self.window,
+        };
         if pass.eager {
             return Some(
                 pass.ops
@@ -367,7 +370,30 @@ impl DecoderLayer {
     }
 }
 
-fn heads(config: &TextConfig) -> Heads {
+/// Cosines and sines of every token: `[tokens, d]`, d/2 cosines then d/2 sines.
+pub(super) fn cos_sin(ops: &Ops, config: &TextConfig, batch: &Batch<'_>) -> Buffer {
+    let d = config.head_dim;
+    let mut table = vec![0.0; batch.tokens() * d];
+    let mut rest = table.as_mut_slice();
+    for span in &batch.spans {
+        let rope = config.rope.frequencies(d, span.rope_length);
+        let rows;
+        (rows, rest) = rest.split_at_mut(span.len() * d);
+        let rows = rows.par_chunks_exact_mut(d).zip(&span.positions);
+        rows.with_min_len(ROPE_ROWS).for_each(|(row, position)| {
+            let (cos, sin) = row.split_at_mut(d / 2);
+            for ((cos, sin), f) in cos.iter_mut().zip(sin).zip(&rope.inv_freq) {
+                let angle = *position as f32 * f;
+                *cos = angle.cos() * rope.attention_scaling;
+                *sin = angle.sin() * rope.attention_scaling;
+            }
+        });
+    }
+    ops.upload(batch.tokens(), d, &table)
+}
+
+/// The heads of the attention.
+pub(super) fn heads(config: &TextConfig) -> Heads {
     Heads {
         heads: config.num_attention_heads,
         kv_heads: config.num_key_value_heads,

@@ -53,6 +53,11 @@ impl Linear {
         Self { weight, bias }
     }
 
+    /// Its weight alone.
+    pub(super) fn into_weight(self) -> Weight {
+        self.weight
+    }
+
     /// Output columns.
     pub fn out_features(&self) -> usize {
         self.weight.n()

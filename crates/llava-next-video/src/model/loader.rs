@@ -23,10 +23,11 @@ use half::{bf16, f16};
 use lnv_kernels::{Ops, Vector, Weight, WeightData, WeightDtype, WeightPart};
 use rayon::prelude::*;
 
+use super::balance::{Balance, Named, Scales, TABLE_SCALES};
 use super::bitsandbytes::{self, Quantised};
 use super::formats::{Formats, Treatment, empty_weight, is_float};
 use super::weights::{Checkpoint, widen};
-use crate::config::{BitsAndBytesKind, Dtype};
+use crate::config::{BitsAndBytesKind, Dtype, TextConfig};
 use crate::error::{Error, Result};
 
 /// Bytes of tensors that are asked for before they are needed.
@@ -81,6 +82,12 @@ pub(super) struct Loading<'a> {
     progress: Cell<(usize, usize)>,
     /// Called with the bytes of the checkpoint that were read.
     on_bytes: &'a dyn Fn(usize),
+    /// What tensors are multiplied by before they are rounded, by canonical name.
+    scales: RefCell<HashMap<String, Scales>>,
+    /// Tensors are looked at beside the real loading: nothing is counted, asked for or given back.
+    apart: bool,
+    /// Weights that nobody needs any more: their memory is used again.
+    spare: RefCell<Vec<Weight>>,
     /// Quantised weights of a synthetic checkpoint, by the rows of their parts.
     twins: RefCell<HashMap<Twin, Weight>>,
 }
@@ -108,12 +115,40 @@ impl<'a> Loading<'a> {
             plan,
             progress: Cell::default(),
             on_bytes,
+            scales: RefCell::default(),
+            apart: false,
+            spare: RefCell::default(),
             twins: RefCell::default(),
         }
     }
 
+    /// For a look at tensors right before they are loaded, in the memory of weights that are not needed any
+    /// more.
+    pub(super) fn apart(ops: &'a Ops, checkpoint: &'a Checkpoint, spare: Vec<Weight>) -> Self {
+        Self {
+            apart: true,
+            spare: RefCell::new(spare),
+            ..Self::new(ops, checkpoint, (Vec::new(), false), &|_| ())
+        }
+    }
+
+    fn take_spare(&self, n: usize, k: usize, format: WeightDtype) -> Option<Weight> {
+        let mut spare = self.spare.borrow_mut();
+        let fits = |weight: &Weight| (weight.n(), weight.k(), weight.dtype()) == (n, k, format);
+        let place = spare.iter().position(fits)?;
+        Some(spare.swap_remove(place))
+    }
+
+    #[cfg(test)]
+    pub(super) fn has_scales(&self) -> bool {
+        !self.scales.borrow().is_empty()
+    }
+
     /// Asks for the next weights' pages.
     fn begin(&self) {
+        if self.apart {
+            return;
+        }
         let (loaded, mut asked) = self.progress.get();
         let bytes = |weight: &PlannedWeight| -> usize {
             let stored = |name: &String| self.checkpoint.stored_bytes(name);
@@ -135,7 +170,7 @@ impl<'a> Loading<'a> {
     fn end<'n>(&self, tensors: impl Iterator<Item = &'n str>) {
         for name in tensors {
             (self.on_bytes)(self.checkpoint.stored_bytes(name));
-            match (self.packed, self.tight) {
+            match (self.packed || self.apart, self.tight) {
                 (true, _) => {}
                 (false, false) => self.checkpoint.release(name),
                 (false, true) => self.checkpoint.forget(name),
@@ -186,12 +221,20 @@ impl<'a> Loading<'a> {
             let values = arrange(&widen(sources[0].data()));
             sources[0] = Source::Floats(Dtype::F32, narrow(&values, Dtype::F32));
         }
-        let sources = sources.iter().zip(&matrix.parts);
-        let parts: Vec<_> = sources.map(|(source, part)| source.part(part.n)).collect();
-        let weight = self
-            .ops
-            .pack(&parts, matrix.k, format)
-            .map_err(|e| Error::Checkpoint(e.to_string()))?;
+        let scales = self.scales.borrow();
+        let mut parts = Vec::with_capacity(sources.len());
+        for (source, part) in sources.iter().zip(&matrix.parts) {
+            let scales = scales.get(&part.name).map(Scales::of_part);
+            parts.push(WeightPart {
+                scales: scales.unwrap_or_default(),
+                ..WeightPart::new(source.data(), part.n)
+            });
+        }
+        let weight = match self.take_spare(matrix.n(), matrix.k, format) {
+            Some(spare) => self.ops.pack_over(spare, &parts, matrix.k),
+            None => self.ops.pack(&parts, matrix.k, format),
+        };
+        let weight = weight.map_err(|e| Error::Checkpoint(e.to_string()))?;
         if copied {
             self.twins.borrow_mut().insert(twin, weight.clone());
         }
@@ -241,8 +284,17 @@ impl<'a> Loading<'a> {
     /// The values of a tensor, rounded to the model's type.
     fn values(&self, name: &str, shape: &[usize], dtype: Dtype) -> Result<Vec<f32>> {
         self.begin();
-        let mut values = self.checkpoint.values(name, shape)?;
+        let scales = self.scales.borrow();
+        let scales = scales.get(name).and_then(|scales| scales.rows.as_ref());
+        let mut values = match scales {
+            // Scales that are a tensor of their own.
+            Some(_) if !self.checkpoint.contains(name) => vec![1.0; shape.iter().product()],
+            _ => self.checkpoint.values(name, shape)?,
+        };
         round(&mut values, dtype);
+        if let Some(scales) = scales {
+            values.iter_mut().zip(scales).for_each(|(v, s)| *v *= s);
+        }
         self.end(std::iter::once(name));
         Ok(values)
     }
@@ -265,11 +317,6 @@ impl<'a> Source<'a> {
             false => Self::Codes(quantised),
             true => Self::Floats(Dtype::F32, narrow(&quantised.wide(), Dtype::F32)),
         }
-    }
-
-    fn part(&self, n: usize) -> WeightPart<'_> {
-        let data = self.data();
-        WeightPart { data, n }
     }
 
     fn data(&self) -> WeightData<'_> {
@@ -406,6 +453,32 @@ impl<'a> Loader<'a> {
         })
     }
 
+    /// What finds out how the decoder's channels are to be scaled, where they are.
+    pub(super) fn balance<'b>(&self, config: &'b TextConfig) -> Result<Option<Balance<'b>>>
+    where
+        'a: 'b,
+    {
+        match self.work {
+            Work::Load(loading) | Work::Write(loading, _) if self.formats.balanced => {
+                Balance::begin(loading.checkpoint, config).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Has these tensors scaled when they are loaded.
+    pub(super) fn scale(&self, named: Named) {
+        if let Work::Load(loading) | Work::Write(loading, _) = self.work {
+            loading.scales.borrow_mut().extend(named);
+        }
+    }
+
+    /// What embedded rows of `d` values are multiplied by, where a scaled table is the head as well.
+    pub(super) fn table_scales(&self, d: usize) -> Result<Option<Vector>> {
+        let scales = || self.vector(TABLE_SCALES, d);
+        self.formats.table_scaled.then(scales).transpose()
+    }
+
     fn load(&self, matrix: &Matrix<'_>) -> Result<Weight> {
         let (name, k) = (matrix.name(), matrix.k);
         let names: Vec<&str> = matrix.parts.iter().map(|p| p.name.as_str()).collect();
@@ -456,7 +529,11 @@ impl<'a> Loader<'a> {
                     shape: shape.to_vec(),
                     format: None,
                     bytes: dtype.size() * shape.iter().product::<usize>(),
-                    tensors: vec![name.to_owned()],
+                    // The scales are made, not read.
+                    tensors: match name {
+                        TABLE_SCALES => Vec::new(),
+                        _ => vec![name.to_owned()],
+                    },
                 });
                 Ok(Vec::new())
             }

@@ -30,6 +30,8 @@ const INDEX: &str = "model.safetensors.index.json";
 /// All tensors of a checkpoint by canonical name.
 #[derive(Debug)]
 pub struct Checkpoint {
+    /// All files of it; none of a synthetic one.
+    files: CheckpointFiles,
     shards: Vec<Shard>,
     entries: HashMap<String, Entry>,
     /// Random bf16 values that stand for every tensor of a synthetic checkpoint.
@@ -107,6 +109,7 @@ impl Checkpoint {
     /// malformed or points outside its file.
     pub fn open(files: &CheckpointFiles) -> Result<Self> {
         let mut checkpoint = Self {
+            files: files.clone(),
             shards: Vec::new(),
             entries: HashMap::new(),
             noise: None,
@@ -158,6 +161,7 @@ impl Checkpoint {
             noise.extend_from_slice(&half::bf16::from_f32(value).to_le_bytes());
         }
         Self {
+            files: CheckpointFiles::Embedded(&[]),
             shards: Vec::new(),
             entries: HashMap::new(),
             noise: Some(noise),
@@ -187,6 +191,11 @@ impl Checkpoint {
         }
         self.shards.push(shard);
         Ok(())
+    }
+
+    /// The files that it is of; none of a synthetic one.
+    pub(super) fn files(&self) -> &CheckpointFiles {
+        &self.files
     }
 
     /// Every tensor's canonical name, in no order.

@@ -167,10 +167,16 @@ def answers_stream_and_the_chat_goes_on(browser, server):
                 if (text && text !== seen.at(-1)) seen.push(text);
             }).observe(document.querySelector('#chat'), {childList: true, subtree: true, characterData: true})"""
         )
-        visit.choose("left.mp4")
-        assert visit.ask("Describe the video.") == "a red circle moves to the left on a white background"
-        steps = visit.page.evaluate("seen")
-        assert len(steps) >= 3 and all(b.startswith(a) for a, b in zip(steps, steps[1:])), steps
+        # The answer is written in some hundredths of a second, in which a busy browser may paint once.
+        for _ in range(5):
+            visit.choose("left.mp4")
+            assert visit.ask("Describe the video.") == "a red circle moves to the left on a white background"
+            steps = visit.page.evaluate("seen.splice(0)")
+            assert all(b.startswith(a) for a, b in zip(steps, steps[1:])), steps
+            if len(steps) >= 3:
+                break
+            visit.page.click("#new-chat")
+        assert len(steps) >= 3, steps
         visit.shot("answer")
         figures = visit.page.locator(".turn details").inner_text()
         for word in ("tokens", "tokens/s", "Media", "Looking", "Prompt", "Answering"):

@@ -129,7 +129,11 @@ impl<'a> WeightData<'a> {
         }
     }
 
-    pub(crate) fn row(&self, row: usize, k: usize) -> WeightData<'a> {
+    /// Row `row` of a matrix of rows of `k` values.
+    ///
+    /// # Panics
+    /// There are fewer rows.
+    pub fn row(&self, row: usize, k: usize) -> WeightData<'a> {
         let range = self.bytes_of(row * k)..self.bytes_of((row + 1) * k);
         let groups = k / bnb4::GROUP;
         match self {

@@ -20,8 +20,8 @@
 //! channels a thousand times larger than the others: measured without it, 8 bits lose more than with no scales at
 //! all; counted as one of so few, 4 bits lose more than they must.
 //!
-//! Refused: bitsandbytes' formats, whose codes must be those of bitsandbytes; the vision tower, where nothing
-//! was to be gained; checkpoints of random weights, whose channels are alike.
+//! Refused: bitsandbytes' formats, whose codes must be those of bitsandbytes; the vision tower, where it
+//! was not tried; checkpoints of random weights, whose channels are alike.
 
 use lnv_kernels::{
     Buffer, Device, KV_BLOCK, KernelError, KvCache, KvDtype, Ops, PartScales, Weight, WeightData,
@@ -115,7 +115,7 @@ impl<'a> Balance<'a> {
         )?;
         let embedded: Vec<f32> = ids
             .iter()
-            .flat_map(|id| widen(rows_of(table, d, *id as usize, 1)))
+            .flat_map(|id| widen(table.row(*id as usize, d)))
             .collect();
         let blocks: Vec<u32> = (0..ids.len().div_ceil(KV_BLOCK) as u32).collect();
         let cache = ops.kv_cache(1, heads(config), blocks.len(), KvDtype::Bf16);
@@ -279,20 +279,6 @@ fn sample(checkpoint: &Checkpoint, vocab_size: usize) -> Vec<u32> {
         .collect()
 }
 
-/// Rows of a matrix that lies in a file.
-fn rows_of(data: WeightData<'_>, k: usize, first: usize, rows: usize) -> WeightData<'_> {
-    let part = |bytes, size: usize| -> &[u8] {
-        let bytes: &[u8] = bytes;
-        &bytes[first * k * size..(first + rows) * k * size]
-    };
-    match data {
-        WeightData::F32(bytes) => WeightData::F32(part(bytes, 4)),
-        WeightData::Bf16(bytes) => WeightData::Bf16(part(bytes, 2)),
-        WeightData::F16(bytes) => WeightData::F16(part(bytes, 2)),
-        codes => codes,
-    }
-}
-
 /// The sum of the squares of each column of a matrix.
 fn column_squares(data: WeightData<'_>, n: usize, k: usize) -> Vec<f64> {
     /// Rows that a thread takes at once.
@@ -300,7 +286,7 @@ fn column_squares(data: WeightData<'_>, n: usize, k: usize) -> Vec<f64> {
     let chunk = |chunk: usize| {
         let (first, mut sum) = (chunk * ROWS, vec![0.0_f32; k]);
         for row in first..n.min(first + ROWS) {
-            let row = widen(rows_of(data, k, row, 1));
+            let row = widen(data.row(row, k));
             sum.iter_mut().zip(&row).for_each(|(s, v)| *s += v * v);
         }
         sum

@@ -42,7 +42,7 @@ use crate::processor::tokenizer::Tokenizer;
 pub(super) const TABLE_SCALES: &str = "language_model.embed_tokens.scales";
 
 /// Tokens that are looked at.
-const TOKENS: usize = 96;
+const TOKENS: usize = 192;
 
 /// How much the first token counts: as in a text of four times as many tokens. Its channels are so large
 /// that it would decide alone, and 4 bits would lose more.
@@ -52,7 +52,12 @@ const FIRST: f64 = 0.25;
 const TEXT: &str = "A chat between a person and an assistant who answers with care. USER: What happens in this video? \
 ASSISTANT: A small child in reading glasses sits on a bed and turns the pages of a book, one after another. \
 At 9:30 on 12 March 2019 two dogs ran across the street (about 40 m); \"Where are they going?\" asked the man \
-in the red coat.\n1. Open `a.txt`.\n2. Print the result = read(path).\n";
+in the red coat.\n1. Open `a.txt`.\n2. Print the result = read(path).\n\
+When the rain had stopped, her grandmother opened the window and told us how the village used to be: no cars, a single \
+shop, and a river so clear that you could count the stones in it. \"We never locked a door,\" she said. In 1961 the \
+company built a bridge of steel and concrete, which cost 2.4 million; since then everything has changed, although the \
+old mill, now a museum, still grinds flour on Sundays. USER: Why did she smile? ASSISTANT: Because it reminded her of \
+the summers of her childhood, I think, when nobody was in a hurry.";
 
 /// Of the ratio of squares. A quarter is where the loss is least if it is shared by a whole row, as with
 /// 8 bits, which hardly feel the difference; with a scale for 64 values there is less to even out.

@@ -162,7 +162,7 @@ fn multiply_plainly() -> usize {
 }
 
 /// Patterns of reading: streams of a thread, and how many bytes ahead each is fetched.
-const PATTERNS: [(usize, usize); 4] = [(1, 4096), (1, 0), (2, 2048), (4, 0)];
+const PATTERNS: [(usize, usize); 5] = [(1, 4096), (1, 1024), (2, 1024), (2, 2048), (4, 0)];
 
 /// The bandwidth at which all threads together read memory, in GB/s (10⁹ bytes), in the best of
 /// several patterns. Goes through 1 GiB in parts of 256 MiB: by the time a part comes round again,

@@ -16,7 +16,7 @@ use std::marker::PhantomData;
 
 use crate::buffer::{Buffer, Vector};
 use crate::cpu::amx::{AmxBnb4, AmxInt8, InOrder};
-use crate::cpu::formats::{DotBf16, Format, Head, fetch_line};
+use crate::cpu::formats::{Distance, DotBf16, Format, Head, fetch_line};
 use crate::cpu::gemm::{TILED, product};
 use crate::cpu::int::{Dot, Vnni, Widened};
 use crate::cpu::quantised::Q8;
@@ -220,7 +220,7 @@ impl<M: Multiplier, T: Values> Format for Bnb4<M, T> {
 
     /// The step fetches.
     #[inline(always)]
-    fn fetch<S: Simd, const V: usize>(_: *const u8, _: usize) {}
+    fn fetch<S: Simd, const V: usize>(_: *const u8, _: usize, _: Distance) {}
 
     #[inline(always)]
     unsafe fn pack_row<S: Simd>(
@@ -250,7 +250,7 @@ impl<M: Multiplier, T: Values> Format for Bnb4<M, T> {
             let mut values = [[s.splat_i(0); WORD]; V];
             for (v, values) in values.iter_mut().enumerate() {
                 // SAFETY: the caller's contract: the codes of the group's columns.
-                *values = unsafe { look_up::<S, M, T>(s, w, word, first + v * S::LANES) };
+                *values = unsafe { look_up::<S, M, T, false>(s, w, word, first + v * S::LANES) };
             }
             for part in 0..per_word {
                 for (row, sums) in sums.iter_mut().enumerate() {
@@ -265,7 +265,7 @@ impl<M: Multiplier, T: Values> Format for Bnb4<M, T> {
             }
         }
         // SAFETY: the caller's contract: the absmax of the group's columns.
-        unsafe { add_scaled(s, acc, sums, w, first) };
+        unsafe { add_scaled::<S, ROWS, V, false>(s, acc, sums, w, first) };
     }
 
     #[inline(always)]
@@ -302,14 +302,14 @@ impl<M: Multiplier, T: Values> Format for Bnb4<M, T> {
 /// # Safety
 /// The group's codes can be read; only inside [`Multiplier::launch`].
 #[inline(always)]
-pub(crate) unsafe fn look_up<S: Simd, M: Multiplier, T: Values>(
+pub(crate) unsafe fn look_up<S: Simd, M: Multiplier, T: Values, const AMX: bool>(
     s: S,
     w: *const u8,
     word: usize,
     column: usize,
 ) -> [S::I; WORD] {
     let at = w.wrapping_add(4 * (word * PANEL + column));
-    fetch_line(at.wrapping_add(FAR));
+    fetch_ahead::<AMX>(at);
     // SAFETY: the caller's contract.
     unsafe { M::look::<S, T>(s, s.load_i(at)) }
 }
@@ -320,7 +320,7 @@ pub(crate) unsafe fn look_up<S: Simd, M: Multiplier, T: Values>(
 /// # Safety
 /// V registers' absmax can be read.
 #[inline(always)]
-pub(crate) unsafe fn add_scaled<S: Simd, const ROWS: usize, const V: usize>(
+pub(crate) unsafe fn add_scaled<S: Simd, const ROWS: usize, const V: usize, const AMX: bool>(
     s: S,
     acc: &mut [[S::F; V]; ROWS],
     sums: [[S::F; V]; ROWS],
@@ -329,7 +329,7 @@ pub(crate) unsafe fn add_scaled<S: Simd, const ROWS: usize, const V: usize>(
 ) {
     let absmax = w.wrapping_add(CODES + 4 * first);
     for v in 0..V {
-        fetch_line(absmax.wrapping_add(FAR + 4 * v * S::LANES));
+        fetch_ahead::<AMX>(absmax.wrapping_add(4 * v * S::LANES));
     }
     // SAFETY: the caller's contract.
     unsafe { add_groups(s, acc, sums, absmax) };
@@ -355,6 +355,16 @@ unsafe fn add_groups<S: Simd, const ROWS: usize, const V: usize>(
     }
 }
 
+/// Fetches what lies behind this line, as a processor with AMX or another wants it.
+#[inline(always)]
+fn fetch_ahead<const AMX: bool>(line: *const u8) {
+    if AMX {
+        Distance::AMX.fetch_line(line);
+    } else {
+        fetch_line(line.wrapping_add(FAR));
+    }
+}
+
 /// How far ahead of the arithmetic codes are fetched from memory, for one row too: a processor that
 /// looks up and multiplies has no room left to run ahead.
 const FAR: usize = 8 << 10;
@@ -377,7 +387,7 @@ impl<M: Multiplier> Format for Unpacked<M> {
 
     /// The step fetches.
     #[inline(always)]
-    fn fetch<S: Simd, const V: usize>(_: *const u8, _: usize) {}
+    fn fetch<S: Simd, const V: usize>(_: *const u8, _: usize, _: Distance) {}
 
     #[inline(always)]
     unsafe fn step<S: Simd, const ROWS: usize, const V: usize>(

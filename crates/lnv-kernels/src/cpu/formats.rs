@@ -5,7 +5,7 @@
 //! in f32 with unrounded activations; `DotBf16` rounds the activations to bf16 while packing them,
 //! which is what every bf16 implementation of the model does, and uses the bf16 dot product.
 
-use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
 
 use crate::cpu::amx::Tiles;
 use crate::cpu::gemm::Tile;
@@ -64,12 +64,12 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
         if lanes == 8 && rows <= 3 { 4 } else { 2 }
     }
 
-    /// Fetches what [`Format::step`] reads at `w`. Touches nothing.
+    /// Fetches what [`Format::step`] reads so far beyond `w`. Touches nothing.
     #[inline(always)]
-    fn fetch<S: Simd, const V: usize>(w: *const u8, first: usize) {
+    fn fetch<S: Simd, const V: usize>(w: *const u8, first: usize, ahead: Distance) {
         let start = w.wrapping_add(first * Self::COLUMN_BYTES);
         for line in (0..V * S::LANES * Self::COLUMN_BYTES).step_by(64) {
-            fetch_line(start.wrapping_add(line));
+            ahead.fetch_line(start.wrapping_add(line));
         }
     }
 
@@ -137,6 +137,44 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
     #[inline(always)]
     unsafe fn finish<S: Simd>(_: S, sums: S::F, _: *const u8, _: &Head) -> S::F {
         sums
+    }
+}
+
+/// How far ahead of the arithmetic a panel is fetched, in bytes: into the first-level cache, and, further,
+/// into the second.
+#[derive(Clone, Copy)]
+pub(crate) struct Distance {
+    near: usize,
+    far: usize,
+}
+
+impl Distance {
+    /// For a Granite Rapids, here known by AMX. A step of one row takes 5 % less time in 4 bits and 2 to 3 %
+    /// in 8 than with 2 KB into the first-level cache alone, and that 5 to 15 % less than with 8 KB.
+    pub(crate) const AMX: Self = Self {
+        near: 1088,
+        far: 4 << 10,
+    };
+    /// 8 KB served an Emerald Rapids, on which less was not tried. The second fetch finds the line on its way.
+    const OTHERS: Self = Self {
+        near: 8 << 10,
+        far: 8 << 10,
+    };
+
+    pub(crate) fn of(isa: Isa) -> Self {
+        if isa == Isa::Amx {
+            Self::AMX
+        } else {
+            Self::OTHERS
+        }
+    }
+
+    /// Fetches the lines that are these distances from this one. Touches nothing.
+    #[inline(always)]
+    pub(crate) fn fetch_line(self, line: *const u8) {
+        fetch_line(line.wrapping_add(self.near));
+        // SAFETY: a prefetch of any address is harmless.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.wrapping_add(self.far).cast()) };
     }
 }
 

@@ -25,7 +25,7 @@ use crate::buffer::{Aligned, Buffer, Vector};
 use crate::cpu::activation::activation;
 use crate::cpu::amx::{AmxBf16, AmxQ4, AmxQ8, Tiles};
 use crate::cpu::bnb::{self, Outliers, add_outliers};
-use crate::cpu::formats::{DotBf16, Format, Head, WideBf16, WideF16, WideF32};
+use crate::cpu::formats::{Distance, DotBf16, Format, Head, WideBf16, WideF16, WideF32};
 use crate::cpu::int::{Vnni, Widened};
 use crate::cpu::quantised::{Q4, Q8};
 use crate::cpu::scratch::{Shared, with};
@@ -33,12 +33,6 @@ use crate::cpu::simd::{Kernel, Simd};
 use crate::isa::Isa;
 use crate::ops::Epilogue;
 use crate::weight::{PANEL, Weight, WeightDtype};
-
-/// How far ahead of the arithmetic a panel is fetched, in bytes: 8 KB served an Emerald Rapids, on which less
-/// was not tried. A Granite Rapids, here known by AMX, reads 5 to 15 % faster at 2 KB.
-fn fetched_ahead(isa: Isa) -> usize {
-    if isa == Isa::Amx { 2 << 10 } else { 8 << 10 }
-}
 
 /// Rows from which the tile registers of AMX multiply bytes; for fewer, which bits do not tell from it, the
 /// byte dot product has less to lay out.
@@ -183,7 +177,7 @@ impl<F: Format> Kernel for Task<'_, F> {
         let block = plan.rows_of(&tiles);
         let unpacks = F::UNPACKS && (tiles.len() > 1 || F::UNIT > 1);
         let mut registers = (F::UNIT > 1).then(Tiles::new);
-        let fetched = fetched_ahead(plan.isa);
+        let fetched = Distance::of(plan.isa);
         let mut blocks = plan.order(&group).peekable();
         while let Some((steps, panel)) = blocks.next() {
             let mut w = product.block(panel, &steps);
@@ -356,8 +350,8 @@ pub(crate) struct Tile<'a> {
     result: Option<Place>,
     /// What is read after this panel.
     pub(crate) ahead: Ahead,
-    /// See [`fetched_ahead`].
-    pub(crate) fetched: usize,
+    /// How far ahead the panel is fetched where it comes from memory.
+    pub(crate) fetched: Distance,
     /// Whether no other tile reads the panel, so that it comes from memory.
     pub(crate) alone: bool,
 }
@@ -501,7 +495,7 @@ fn tile<S: Simd, F: Format, const ROWS: usize, const V: usize>(
                 unsafe {
                     let a = t.a.as_ptr().add(step * ROWS * F::A_PER_STEP);
                     let w = t.w.as_ptr().add(step * step_bytes);
-                    F::fetch::<S, V>(w.wrapping_add(t.fetched), first);
+                    F::fetch::<S, V>(w, first, t.fetched);
                     F::step(s, &mut acc, a, w, first);
                 }
                 step += 1;
@@ -560,7 +554,7 @@ fn spin_format<F: Format>(isa: Isa, times: usize) -> Spun {
         steps,
         result: None,
         ahead: Ahead::default(),
-        fetched: fetched_ahead(isa),
+        fetched: Distance::of(isa),
         alone: false,
     };
     for _ in 0..times {

@@ -11,7 +11,7 @@
 
 use std::marker::PhantomData;
 
-use crate::cpu::formats::{Format, Head, fetch_line};
+use crate::cpu::formats::{Distance, Format, Head};
 use crate::cpu::int::Dot;
 use crate::cpu::simd::{Kernel, Simd};
 use crate::isa::Isa;
@@ -119,17 +119,17 @@ impl<D: Dot> Format for Q4<D> {
     }
 
     #[inline(always)]
-    fn fetch<S: Simd, const V: usize>(w: *const u8, first: usize) {
+    fn fetch<S: Simd, const V: usize>(w: *const u8, first: usize, ahead: Distance) {
         if V * S::LANES == PANEL {
             for line in (0..q4::GROUP_BYTES).step_by(64) {
-                fetch_line(w.wrapping_add(line));
+                ahead.fetch_line(w.wrapping_add(line));
             }
             return;
         }
         for eight in 0..q4::GROUP / 8 {
-            fetch_line(w.wrapping_add(4 * (eight * PANEL + first)));
+            ahead.fetch_line(w.wrapping_add(4 * (eight * PANEL + first)));
         }
-        fetch_line(w.wrapping_add(q4::CODES));
+        ahead.fetch_line(w.wrapping_add(q4::CODES));
     }
 
     fn launch<K: Kernel>(isa: Isa, kernel: K) {
@@ -317,7 +317,7 @@ impl<D: Dot> Format for Q4Bytes<D> {
 
     /// Nothing: it has just been written.
     #[inline(always)]
-    fn fetch<S: Simd, const V: usize>(_: *const u8, _: usize) {}
+    fn fetch<S: Simd, const V: usize>(_: *const u8, _: usize, _: Distance) {}
 
     fn launch<K: Kernel>(isa: Isa, kernel: K) {
         D::launch(isa, kernel);

@@ -21,7 +21,7 @@ use super::{
     load_sums, multiply, store, store_sums, zero, zero_sums,
 };
 use crate::cpu::bnb::{self, Bnb4, Int8, Pairs, Values, WORD, Wide};
-use crate::cpu::formats::{DotBf16, Format, Head, fetch_line, round_bf16};
+use crate::cpu::formats::{Distance, DotBf16, Format, Head, fetch_line, round_bf16};
 use crate::cpu::gemm::{Ahead, PACK, Tile};
 use crate::cpu::int::Vnni;
 use crate::cpu::quantised::{Q4, Q4Bytes, Q8};
@@ -33,6 +33,9 @@ use crate::weight::q8::Step;
 
 /// Bytes between two rows of a right factor.
 const STRIDE: usize = 4 * PANEL;
+/// How far ahead of its products a panel that one tile of rows reads is fetched. Further ahead into the
+/// second-level cache, as vector registers want it, brings nothing here.
+const FETCHED: usize = 2 << 10;
 /// Bytes of a right factor of a panel's columns.
 const FACTOR: usize = ROWS * STRIDE;
 
@@ -225,7 +228,7 @@ unsafe fn whole_rows<M: Multiply>(tiles: &Tiles, t: &Tile<'_>, sums: &mut [f32],
             let w = t.w.as_ptr().add(unit * FACTOR);
             if t.alone {
                 for line in (0..FACTOR).step_by(64) {
-                    fetch_line(w.wrapping_add(t.fetched + line));
+                    fetch_line(w.wrapping_add(FETCHED + line));
                 }
             } else {
                 ahead.fetch();
@@ -346,7 +349,7 @@ impl<T: Values> Format for InOrder<T> {
 
     /// The step fetches.
     #[inline(always)]
-    fn fetch<S: Simd, const V: usize>(_: *const u8, _: usize) {}
+    fn fetch<S: Simd, const V: usize>(_: *const u8, _: usize, _: Distance) {}
 
     #[inline(always)]
     unsafe fn pack_row<S: Simd>(
@@ -381,8 +384,9 @@ impl<T: Values> Format for InOrder<T> {
                 let mut values = [[s.splat_i(0); WORD]; V];
                 for (v, values) in values.iter_mut().enumerate() {
                     // SAFETY: the caller's contract: the codes of the group's columns.
-                    *values =
-                        unsafe { bnb::look_up::<S, Wide, T>(s, w, word, first + v * S::LANES) };
+                    *values = unsafe {
+                        bnb::look_up::<S, Wide, T, true>(s, w, word, first + v * S::LANES)
+                    };
                 }
                 for part in 0..WORD {
                     for (row, sums) in chains[part % 2].iter_mut().enumerate() {
@@ -402,7 +406,7 @@ impl<T: Values> Format for InOrder<T> {
             }
         }
         // SAFETY: the caller's contract: the absmax of the group's columns.
-        unsafe { bnb::add_scaled(s, acc, sums, w, first) };
+        unsafe { bnb::add_scaled::<S, R, V, true>(s, acc, sums, w, first) };
     }
 
     #[inline(always)]

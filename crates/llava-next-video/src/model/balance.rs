@@ -101,6 +101,8 @@ pub(super) struct Balance<'a> {
     positions: Vec<u32>,
     blocks: Vec<u32>,
     cache: KvCache,
+    /// The same for all layers.
+    cos_sin: Buffer,
     /// The weights of the layer before: memory for the next.
     spare: Vec<Weight>,
     /// The residual stream, `[tokens, D]`.
@@ -124,9 +126,11 @@ impl<'a> Balance<'a> {
             .collect();
         let blocks: Vec<u32> = (0..ids.len().div_ceil(KV_BLOCK) as u32).collect();
         let cache = ops.kv_cache(1, heads(config), blocks.len(), KvDtype::Bf16);
+        let positions: Vec<u32> = (0..ids.len() as u32).collect();
         Ok(Self {
             x: ops.upload(ids.len(), d, &embedded),
-            positions: (0..ids.len() as u32).collect(),
+            cos_sin: cos_sin(&ops, config, &one_span(&positions, &blocks)),
+            positions,
             cache: cache.map_err(failed)?,
             blocks,
             spare: Vec::new(),
@@ -246,25 +250,30 @@ impl<'a> Balance<'a> {
     }
 
     fn pass(&mut self, layer: &DecoderLayer, scratch: &mut Scratch) {
-        let span = BatchSpan {
-            positions: self.positions.clone(),
-            rope_length: self.positions.len(),
-            kv_len: self.positions.len(),
-            blocks: &self.blocks,
-        };
-        let batch = Batch { spans: vec![span] };
-        let (slots, cos_sin) = (batch.slots(), cos_sin(&self.ops, self.config, &batch));
+        let batch = one_span(&self.positions, &self.blocks);
+        let slots = batch.slots();
         let pass = Pass {
             ops: &self.ops,
             config: self.config,
             batch: &batch,
             slots: &slots,
-            cos_sin: &cos_sin,
+            cos_sin: &self.cos_sin,
             eager: false,
         };
         let x = std::mem::replace(&mut self.x, self.ops.buffer(0, 0));
         (self.x, _) = layer.forward(&pass, x, (&mut self.cache, 0), Keep::All, scratch);
     }
+}
+
+/// The whole text at once.
+fn one_span<'b>(positions: &[u32], blocks: &'b [u32]) -> Batch<'b> {
+    let span = BatchSpan {
+        positions: positions.to_vec(),
+        rope_length: positions.len(),
+        kv_len: positions.len(),
+        blocks,
+    };
+    Batch { spans: vec![span] }
 }
 
 /// The tokens of the text; where a checkpoint has no tokenizer, tokens spread over its vocabulary.

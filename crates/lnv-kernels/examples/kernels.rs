@@ -15,11 +15,8 @@ use lnv_kernels::{
 
 /// Weights of one shape.
 const COPIES: usize = 4;
-/// Bytes of quantised weights that no cache holds.
+/// Bytes of quantised weights, or of keys and values, that no cache holds.
 const UNCACHED: usize = 1 << 30;
-
-/// Layers of a cache that is read once a call.
-const LAYERS: usize = 4;
 
 struct Bench {
     ops: Ops,
@@ -202,39 +199,54 @@ impl Bench {
                 (heads(32, 8, 128), 1, 8192, None),
                 (heads(8, 1, 128), 1, 8192, None),
             ] {
-                self.paged((heads, window, dtype), q_len, kv_len);
+                self.paged((heads, window, dtype), 1, (q_len, kv_len));
             }
+            // Eight sequences a step.
+            self.paged((heads(32, 32, 128), None, dtype), 8, (1, 256));
         }
     }
 
     fn paged(
         &self,
         (heads, window, dtype): (Heads, Option<usize>, KvDtype),
-        q_len: usize,
-        kv_len: usize,
+        sequences: usize,
+        (q_len, kv_len): (usize, usize),
     ) {
         let seen = window.map_or(String::new(), |window| format!(" of {window}"));
+        let many = match sequences {
+            1 => String::new(),
+            many => format!("{many} of "),
+        };
         let name = format!(
-            "paged {dtype} {q_len}/{kv_len}{seen} {}/{}x{}",
+            "paged {dtype} {many}{q_len}/{kv_len}{seen} {}/{}x{}",
             heads.heads, heads.kv_heads, heads.head_dim
         );
         if !self.wants(&name) {
             return;
         }
+        let each = kv_len.div_ceil(KV_BLOCK);
         // As many layers as no cache holds, in turn, as a model's come.
-        let layers = if q_len > 1 { 1 } else { LAYERS };
-        let blocks: Vec<u32> = (0..kv_len.div_ceil(KV_BLOCK) as u32).collect();
+        let layer = sequences * each * KV_BLOCK * dtype.bytes_per_token(&heads);
+        let layers = if q_len > 1 {
+            1
+        } else {
+            UNCACHED.div_ceil(layer)
+        };
+        let blocks: Vec<u32> = (0..(sequences * each) as u32).collect();
         let mut cache = KvCache::new(layers, heads, blocks.len(), dtype);
-        (0..layers).for_each(|layer| self.fill(&mut cache, layer, heads, kv_len));
-        let qkv = noise(q_len * heads.qkv_cols());
-        let qkv = self.ops.upload(q_len, heads.qkv_cols(), &qkv);
-        let mut out = self.ops.buffer(q_len, heads.heads * heads.head_dim);
-        let spans = [Span {
-            q_start: 0,
+        let tokens = sequences * each * KV_BLOCK;
+        (0..layers).for_each(|layer| self.fill(&mut cache, layer, heads, tokens));
+        let rows = sequences * q_len;
+        let qkv = noise(rows * heads.qkv_cols());
+        let qkv = self.ops.upload(rows, heads.qkv_cols(), &qkv);
+        let mut out = self.ops.buffer(rows, heads.heads * heads.head_dim);
+        let span = |(sequence, blocks)| Span {
+            q_start: sequence * q_len,
             q_len,
             kv_len,
-            blocks: &blocks,
-        }];
+            blocks,
+        };
+        let spans: Vec<Span<'_>> = blocks.chunks(each).enumerate().map(span).collect();
         let shape = AttentionShape {
             heads,
             scale: (heads.head_dim as f32).powf(-0.5),
@@ -248,10 +260,10 @@ impl Bench {
         };
         let time = best(run);
         let sees = |i: usize| (kv_len - q_len + i + 1).min(window.unwrap_or(kv_len));
-        let pairs: usize = (0..q_len).map(sees).sum();
+        let pairs = sequences * (0..q_len).map(sees).sum::<usize>();
         let work = (
             pairs * 4 * heads.heads * heads.head_dim,
-            kv_len * dtype.bytes_per_token(&heads),
+            sequences * kv_len * dtype.bytes_per_token(&heads),
         );
         let peak = self.attention_peak(dtype != KvDtype::F32);
         self.report(&name, work, peak, time);

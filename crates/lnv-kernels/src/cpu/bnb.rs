@@ -220,7 +220,7 @@ impl<M: Multiplier, T: Values> Format for Bnb4<M, T> {
 
     /// The step fetches.
     #[inline(always)]
-    fn fetch<S: Simd, const V: usize>(_: *const u8, _: usize, _: Distance) {}
+    fn fetch<S: Simd, const ROWS: usize, const V: usize>(_: *const u8, _: usize, _: Distance) {}
 
     #[inline(always)]
     unsafe fn pack_row<S: Simd>(
@@ -243,6 +243,7 @@ impl<M: Multiplier, T: Values> Format for Bnb4<M, T> {
         a: *const u32,
         w: *const u8,
         first: usize,
+        ahead: Distance,
     ) {
         let mut sums = [[s.splat(0.0); V]; ROWS];
         let per_word = WORD / M::LANE_K;
@@ -250,7 +251,7 @@ impl<M: Multiplier, T: Values> Format for Bnb4<M, T> {
             let mut values = [[s.splat_i(0); WORD]; V];
             for (v, values) in values.iter_mut().enumerate() {
                 // SAFETY: the caller's contract: the codes of the group's columns.
-                *values = unsafe { look_up::<S, M, T, false>(s, w, word, first + v * S::LANES) };
+                *values = unsafe { look_up::<S, M, T>(s, w, word, first + v * S::LANES, ahead) };
             }
             for part in 0..per_word {
                 for (row, sums) in sums.iter_mut().enumerate() {
@@ -265,7 +266,7 @@ impl<M: Multiplier, T: Values> Format for Bnb4<M, T> {
             }
         }
         // SAFETY: the caller's contract: the absmax of the group's columns.
-        unsafe { add_scaled::<S, ROWS, V, false>(s, acc, sums, w, first) };
+        unsafe { add_scaled(s, acc, sums, (w, first), ahead) };
     }
 
     #[inline(always)]
@@ -302,14 +303,15 @@ impl<M: Multiplier, T: Values> Format for Bnb4<M, T> {
 /// # Safety
 /// The group's codes can be read; only inside [`Multiplier::launch`].
 #[inline(always)]
-pub(crate) unsafe fn look_up<S: Simd, M: Multiplier, T: Values, const AMX: bool>(
+pub(crate) unsafe fn look_up<S: Simd, M: Multiplier, T: Values>(
     s: S,
     w: *const u8,
     word: usize,
     column: usize,
+    ahead: Distance,
 ) -> [S::I; WORD] {
     let at = w.wrapping_add(4 * (word * PANEL + column));
-    fetch_ahead::<AMX>(at);
+    ahead.fetch_line(at);
     // SAFETY: the caller's contract.
     unsafe { M::look::<S, T>(s, s.load_i(at)) }
 }
@@ -320,16 +322,16 @@ pub(crate) unsafe fn look_up<S: Simd, M: Multiplier, T: Values, const AMX: bool>
 /// # Safety
 /// V registers' absmax can be read.
 #[inline(always)]
-pub(crate) unsafe fn add_scaled<S: Simd, const ROWS: usize, const V: usize, const AMX: bool>(
+pub(crate) unsafe fn add_scaled<S: Simd, const ROWS: usize, const V: usize>(
     s: S,
     acc: &mut [[S::F; V]; ROWS],
     sums: [[S::F; V]; ROWS],
-    w: *const u8,
-    first: usize,
+    (w, first): (*const u8, usize),
+    ahead: Distance,
 ) {
     let absmax = w.wrapping_add(CODES + 4 * first);
     for v in 0..V {
-        fetch_ahead::<AMX>(absmax.wrapping_add(4 * v * S::LANES));
+        ahead.fetch_line(absmax.wrapping_add(4 * v * S::LANES));
     }
     // SAFETY: the caller's contract.
     unsafe { add_groups(s, acc, sums, absmax) };
@@ -355,19 +357,6 @@ unsafe fn add_groups<S: Simd, const ROWS: usize, const V: usize>(
     }
 }
 
-/// Fetches what lies behind this line, as a processor with AMX or another wants it.
-#[inline(always)]
-fn fetch_ahead<const AMX: bool>(line: *const u8) {
-    if AMX {
-        Distance::AMX.fetch_line(line);
-    } else {
-        fetch_line(line.wrapping_add(FAR));
-    }
-}
-
-/// How far ahead of the arithmetic codes are fetched from memory, for one row too: a processor that
-/// looks up and multiplies has no room left to run ahead.
-const FAR: usize = 8 << 10;
 /// How far ahead of the arithmetic unpacked values are fetched from the second-level cache.
 const AHEAD: usize = 4 << 10;
 
@@ -387,7 +376,7 @@ impl<M: Multiplier> Format for Unpacked<M> {
 
     /// The step fetches.
     #[inline(always)]
-    fn fetch<S: Simd, const V: usize>(_: *const u8, _: usize, _: Distance) {}
+    fn fetch<S: Simd, const ROWS: usize, const V: usize>(_: *const u8, _: usize, _: Distance) {}
 
     #[inline(always)]
     unsafe fn step<S: Simd, const ROWS: usize, const V: usize>(
@@ -396,6 +385,7 @@ impl<M: Multiplier> Format for Unpacked<M> {
         a: *const u32,
         w: *const u8,
         first: usize,
+        _: Distance,
     ) {
         let mut sums = [[s.splat(0.0); V]; ROWS];
         for element in 0..Self::A_PER_STEP {
@@ -462,9 +452,10 @@ impl<D: Dot> Format for Int8<D> {
         a: *const u32,
         w: *const u8,
         first: usize,
+        ahead: Distance,
     ) {
         // SAFETY: the caller's contract.
-        unsafe { Q8::<D>::step(s, acc, a, w, first) };
+        unsafe { Q8::<D>::step(s, acc, a, w, first, ahead) };
     }
 
     #[inline(always)]

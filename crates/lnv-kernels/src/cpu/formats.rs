@@ -64,9 +64,13 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
         if lanes == 8 && rows <= 3 { 4 } else { 2 }
     }
 
-    /// Fetches what [`Format::step`] reads so far beyond `w`. Touches nothing.
+    /// Fetches what [`Format::step`] reads so far beyond `w`, if the step does not do so. Touches nothing.
     #[inline(always)]
-    fn fetch<S: Simd, const V: usize>(w: *const u8, first: usize, ahead: Distance) {
+    fn fetch<S: Simd, const ROWS: usize, const V: usize>(
+        w: *const u8,
+        first: usize,
+        ahead: Distance,
+    ) {
         let start = w.wrapping_add(first * Self::COLUMN_BYTES);
         for line in (0..V * S::LANES * Self::COLUMN_BYTES).step_by(64) {
             ahead.fetch_line(start.wrapping_add(line));
@@ -102,7 +106,8 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
     }
 
     /// Adds the products of one step: `ROWS` packed activation rows at `a` times V registers of
-    /// columns, from column `first` on, of the panel's step at `w`.
+    /// columns, from column `first` on, of the panel's step at `w`; `ahead` is how far to fetch beyond what
+    /// it reads, if it does.
     ///
     /// # Safety
     /// `ROWS * A_PER_STEP` elements can be read at `a` and `PANEL * COLUMN_BYTES` bytes at `w`;
@@ -113,6 +118,7 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
         a: *const u32,
         w: *const u8,
         first: usize,
+        ahead: Distance,
     );
 
     /// The sums `[rows, PANEL]` of a tile, new or continued, by the tile registers of AMX, if there is a
@@ -172,7 +178,19 @@ impl Distance {
     /// Fetches the lines that are these distances from this one. Touches nothing.
     #[inline(always)]
     pub(crate) fn fetch_line(self, line: *const u8) {
+        self.fetch_near(line);
+        self.fetch_far(line);
+    }
+
+    /// Of these the near one.
+    #[inline(always)]
+    pub(crate) fn fetch_near(self, line: *const u8) {
         fetch_line(line.wrapping_add(self.near));
+    }
+
+    /// And the far one.
+    #[inline(always)]
+    pub(crate) fn fetch_far(self, line: *const u8) {
         // SAFETY: a prefetch of any address is harmless.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(line.wrapping_add(self.far).cast()) };
     }
@@ -212,6 +230,7 @@ impl Format for WideF32 {
         a: *const u32,
         w: *const u8,
         first: usize,
+        _: Distance,
     ) {
         let mut columns = [s.splat(0.0); V];
         for (v, columns) in columns.iter_mut().enumerate() {
@@ -240,6 +259,7 @@ impl Format for WideF16 {
         a: *const u32,
         w: *const u8,
         first: usize,
+        _: Distance,
     ) {
         let mut columns = [s.splat(0.0); V];
         for (v, columns) in columns.iter_mut().enumerate() {
@@ -268,6 +288,7 @@ impl Format for WideBf16 {
         a: *const u32,
         w: *const u8,
         first: usize,
+        _: Distance,
     ) {
         let (mut even, mut odd) = ([s.splat(0.0); V], [s.splat(0.0); V]);
         for (v, (even, odd)) in even.iter_mut().zip(&mut odd).enumerate() {
@@ -325,6 +346,7 @@ impl Format for DotBf16 {
         a: *const u32,
         w: *const u8,
         first: usize,
+        _: Distance,
     ) {
         for (row, acc) in acc.iter_mut().enumerate() {
             for (v, acc) in acc.iter_mut().enumerate() {

@@ -495,8 +495,8 @@ fn tile<S: Simd, F: Format, const ROWS: usize, const V: usize>(
                 unsafe {
                     let a = t.a.as_ptr().add(step * ROWS * F::A_PER_STEP);
                     let w = t.w.as_ptr().add(step * step_bytes);
-                    F::fetch::<S, V>(w, first, t.fetched);
-                    F::step(s, &mut acc, a, w, first);
+                    F::fetch::<S, ROWS, V>(w, first, t.fetched);
+                    F::step(s, &mut acc, a, w, first, t.fetched);
                 }
                 step += 1;
             }

@@ -86,6 +86,7 @@ macro_rules! as_without {
             _: *const u32,
             _: *const u8,
             _: usize,
+            _: Distance,
         ) {
             unreachable!("a step of a format for AMX. This is a bug.");
         }
@@ -349,7 +350,7 @@ impl<T: Values> Format for InOrder<T> {
 
     /// The step fetches.
     #[inline(always)]
-    fn fetch<S: Simd, const V: usize>(_: *const u8, _: usize, _: Distance) {}
+    fn fetch<S: Simd, const ROWS: usize, const V: usize>(_: *const u8, _: usize, _: Distance) {}
 
     #[inline(always)]
     unsafe fn pack_row<S: Simd>(
@@ -375,6 +376,7 @@ impl<T: Values> Format for InOrder<T> {
         a: *const u32,
         w: *const u8,
         first: usize,
+        ahead: Distance,
     ) {
         let mut sums = [[s.splat(0.0); V]; R];
         for product in 0..GROUP / PRODUCT_K {
@@ -385,7 +387,7 @@ impl<T: Values> Format for InOrder<T> {
                 for (v, values) in values.iter_mut().enumerate() {
                     // SAFETY: the caller's contract: the codes of the group's columns.
                     *values = unsafe {
-                        bnb::look_up::<S, Wide, T, true>(s, w, word, first + v * S::LANES)
+                        bnb::look_up::<S, Wide, T>(s, w, word, first + v * S::LANES, ahead)
                     };
                 }
                 for part in 0..WORD {
@@ -406,7 +408,7 @@ impl<T: Values> Format for InOrder<T> {
             }
         }
         // SAFETY: the caller's contract: the absmax of the group's columns.
-        unsafe { bnb::add_scaled::<S, R, V, true>(s, acc, sums, w, first) };
+        unsafe { bnb::add_scaled(s, acc, sums, (w, first), ahead) };
     }
 
     #[inline(always)]

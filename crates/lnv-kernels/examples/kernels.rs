@@ -225,8 +225,9 @@ impl Bench {
             return;
         }
         let each = kv_len.div_ceil(KV_BLOCK);
+        let tokens = sequences * each * KV_BLOCK;
         // As many layers as no cache holds, in turn, as a model's come.
-        let layer = sequences * each * KV_BLOCK * dtype.bytes_per_token(&heads);
+        let layer = tokens * dtype.bytes_per_token(&heads);
         let layers = if q_len > 1 {
             1
         } else {
@@ -234,7 +235,6 @@ impl Bench {
         };
         let blocks: Vec<u32> = (0..(sequences * each) as u32).collect();
         let mut cache = KvCache::new(layers, heads, blocks.len(), dtype);
-        let tokens = sequences * each * KV_BLOCK;
         (0..layers).for_each(|layer| self.fill(&mut cache, layer, heads, tokens));
         let rows = sequences * q_len;
         let qkv = noise(rows * heads.qkv_cols());

@@ -76,7 +76,7 @@ const FORMATS: &[Format] = &[
         options: || quantized(Quantization::Q8),
         bound: Bound::Near {
             perplexity: 1.0,
-            agreement: 96.0,
+            agreement: 97.0,
         },
     },
     Format {

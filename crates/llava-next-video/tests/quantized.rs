@@ -153,7 +153,7 @@ fn the_files_beside_the_weights_come_along() {
     }
     let text = std::fs::read(directory.path().join("config.json")).unwrap();
     let config: Value = serde_json::from_slice(&text).unwrap();
-    let expected = json!({"quant_method": "lnv", "version": 2, "format": "q4", "dense": "bf16"});
+    let expected = json!({"quant_method": "lnv", "version": 3, "format": "q4", "dense": "bf16"});
     assert_eq!(config["quantization_config"], expected);
     assert!(
         !directory
@@ -199,7 +199,7 @@ fn what_is_not_what_it_says_is_refused_by_name() {
         (
             "version",
             json!(1),
-            &["version is 1", "version 2", "lnv quantize"],
+            &["version is 1", "version 3", "lnv quantize"],
         ),
         ("version", Value::Null, &["version is 0"]),
         ("format", json!("q2"), &["format", "q2", "q4"]),

@@ -11,7 +11,7 @@ use super::model::Dtype;
 use crate::error::Result;
 
 /// The version of the packed layout that this program writes and reads.
-pub const PACKED_VERSION: usize = 2;
+pub const PACKED_VERSION: usize = 3;
 
 /// The key of `config.json`.
 const KEY: &str = "quantization_config";
@@ -19,7 +19,7 @@ const KEY: &str = "quantization_config";
 /// A way to quantise weights.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Quantization {
-    /// 8-bit weights and activations, rotated along k.
+    /// 8-bit weights and activations, rotated along k; the head stays dense.
     Q8,
     /// 16 levels in groups of 64, 8-bit activations; the vision tower as with [`Quantization::Q8`].
     Q4,

@@ -394,7 +394,7 @@ mod tests {
         let formats = Formats {
             tied: config.tie_word_embeddings,
             balanced,
-            table_scaled: balanced && config.tie_word_embeddings,
+            head_scaled: balanced,
             ..Formats::dense_only(Dtype::F32)
         };
         let ops = Ops::of_type(Device::Cpu, formats.dense()).unwrap();

@@ -1,11 +1,12 @@
 //! Which matrix is kept in which format: the one place that decides.
 //!
 //! - Nothing asked for: every matrix in the model's type.
-//! - `q8`: the layers of the vision tower and of the decoder, and the head.
+//! - `q8`: the layers of the vision tower and of the decoder. The head stays as it is, as LLM.int8()
+//!   leaves it: it is a fiftieth of the weights of a 7B and a third of what rounding all of them would lose.
 //! - `q4`: the layers of the decoder and the head in 4 bits. The vision tower stays in 8: it is a
-//!   twentieth of the weights, and what it sees wrongly no later layer can mend.
-//! - A table that is embedding and head at once takes 8 bits in both: as a head it is read for every
-//!   token, as an embedding it is the decoder's input.
+//!   twentieth of the weights, and what it sees wrongly no later layer can mend. A table that is embedding
+//!   and head at once takes 8 bits: as a head it is read for every token, as an embedding it is the
+//!   decoder's input.
 //!
 //! - bitsandbytes (`nf4`, `fp4`, `int8`): what Transformers replaces, that is every linear layer of both
 //!   towers and the projector, and not the head, unless the modules to skip are named; never a tied
@@ -42,8 +43,8 @@ pub struct Formats {
     pub tied: bool,
     /// The decoder's channels are brought to like sizes before they are rounded ([`super::balance`]).
     pub(super) balanced: bool,
-    /// The embedding table is the head as well and its columns were scaled: rows are scaled back.
-    pub(super) table_scaled: bool,
+    /// So are the head's. Where it is the embedding table as well, embedded rows are scaled back.
+    pub(super) head_scaled: bool,
     /// The tensors that bitsandbytes has quantised in the file, where it has; `false` for what the
     /// kernels cannot take as it is.
     pub(super) quantised: Option<Arc<HashMap<String, bool>>>,
@@ -97,7 +98,7 @@ impl Formats {
             quantization: None,
             tied: false,
             balanced: false,
-            table_scaled: false,
+            head_scaled: false,
             quantised: None,
         }
     }
@@ -135,7 +136,7 @@ impl Formats {
                 quantization: options.quantization.clone(),
                 tied,
                 balanced,
-                table_scaled: balanced && tied,
+                head_scaled: balanced && options.quantization == Some(Quantization::Q4),
                 quantised: None,
             });
         };
@@ -157,7 +158,7 @@ impl Formats {
             quantization: Some(stored),
             tied,
             balanced: false,
-            table_scaled: checkpoint.contains(TABLE_SCALES),
+            head_scaled: checkpoint.contains(TABLE_SCALES),
             quantised: None,
         })
     }
@@ -200,7 +201,7 @@ impl Formats {
             quantization: Some(used.into()),
             tied,
             balanced: false,
-            table_scaled: false,
+            head_scaled: false,
             quantised: Some(Arc::new(quantised)),
         })
     }
@@ -215,10 +216,10 @@ impl Formats {
                     false => None,
                 }
             }
-            (Some(Quantization::Q8), Part::VisionTower | Part::Decoder | Part::Head)
+            (Some(Quantization::Q8), Part::VisionTower | Part::Decoder)
             | (Some(Quantization::Q4), Part::VisionTower) => Some(WeightDtype::Q8),
             (Some(Quantization::Q4), Part::Decoder | Part::Head) => Some(WeightDtype::Q4),
-            (Some(_), Part::Embeddings) if self.tied => Some(WeightDtype::Q8),
+            (Some(Quantization::Q4), Part::Embeddings) if self.tied => Some(WeightDtype::Q8),
             _ => None,
         };
         let taken = wanted.filter(|wanted| empty_weight(k, *wanted).is_some());
@@ -401,12 +402,11 @@ mod tests {
         use WeightDtype::{Bf16, Q4, Q8};
         assert_eq!(formats(None, true), [Bf16; 6]);
         let q8 = formats(Some(Quantization::Q8), false);
-        assert_eq!(q8, [Bf16, Q8, Bf16, Q8, Bf16, Q8]);
+        assert_eq!(q8, [Bf16, Q8, Bf16, Q8, Bf16, Bf16]);
         let q4 = formats(Some(Quantization::Q4), false);
         assert_eq!(q4, [Bf16, Q8, Bf16, Q4, Bf16, Q4]);
-        for both in [Quantization::Q8, Quantization::Q4] {
-            assert_eq!(formats(Some(both), true)[4], Q8);
-        }
+        assert_eq!(formats(Some(Quantization::Q8), true)[4], Bf16);
+        assert_eq!(formats(Some(Quantization::Q4), true)[4], Q8);
         let nf4 = WeightDtype::Bnb4(Bnb4 {
             code: lnv_kernels::bnb::Code4::Nf4,
             compute: Compute::F32,

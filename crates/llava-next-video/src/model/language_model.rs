@@ -92,7 +92,7 @@ impl LanguageModel {
             }
             layers.push(DecoderLayer::load(loader, config, i)?);
         }
-        if let Some(balance) = balance {
+        if let Some(balance) = balance.filter(|_| loader.formats().head_scaled) {
             loader.scale(balance.head()?);
         }
         let table = [("language_model.embed_tokens.weight".to_owned(), v)];

@@ -476,7 +476,8 @@ impl<'a> Loader<'a> {
     /// What embedded rows of `d` values are multiplied by, where a scaled table is the head as well.
     pub(super) fn table_scales(&self, d: usize) -> Result<Option<Vector>> {
         let scales = || self.vector(TABLE_SCALES, d);
-        self.formats.table_scaled.then(scales).transpose()
+        let scaled = self.formats.head_scaled && self.formats.tied;
+        scaled.then(scales).transpose()
     }
 
     fn load(&self, matrix: &Matrix<'_>) -> Result<Weight> {

@@ -419,9 +419,13 @@ impl<D: Dot> Format for Int8<D> {
     type Unpacked = Self;
     const COLUMN_BYTES: usize = Q8::<D>::COLUMN_BYTES;
     const STEP_K: usize = Q8::<D>::STEP_K;
-    const A_PER_STEP: usize = 1;
+    const A_PER_STEP: usize = Q8::<D>::A_PER_STEP;
     const TAIL_BYTES: usize = 4 * PANEL;
     const HEADS: bool = true;
+
+    fn tile_rows(isa: Isa) -> usize {
+        Q8::<D>::tile_rows(isa)
+    }
 
     fn launch<K: Kernel>(isa: Isa, kernel: K) {
         D::launch(isa, kernel);

@@ -216,16 +216,30 @@ impl Ints for Avx512 {
 }
 
 /// One way to multiply bytes.
+///
+/// Four values of k of a register of columns are multiplied in `PARTS` goes, each with an element of 32 bits
+/// of a row's activations.
 pub(crate) trait Dot: Copy + Send + Sync + 'static {
+    /// Elements of a row in four values of k.
+    const PARTS: usize;
+
+    /// Rows of the largest tile of 8-bit weights.
+    fn tile_rows(isa: Isa) -> usize;
+
     /// Runs a kernel that multiplies this way.
     fn launch<K: Kernel>(isa: Isa, kernel: K);
 
-    /// In each lane, `acc` plus w's four unsigned bytes times the four signed bytes of `a`. Sums
-    /// wrap.
+    /// What part `part` of four unsigned bytes a lane is multiplied as.
+    fn columns<S: Simd>(s: S, w: S::I, part: usize) -> S::I;
+
+    /// Part `part` of a row's elements, of four signed bytes a lane.
+    fn elements<S: Simd>(s: S, a: S::I, part: usize) -> S::I;
+
+    /// In each lane, `acc` plus the products of a part's columns and an element. Sums wrap.
     ///
     /// # Safety
     /// Only inside [`Dot::launch`].
-    unsafe fn dot<S: Simd>(s: S, acc: S::I, w: S::I, a: u32) -> S::I;
+    unsafe fn dot<S: Simd>(s: S, acc: S::I, columns: S::I, element: u32) -> S::I;
 }
 
 /// AVX-512 VNNI.
@@ -233,32 +247,67 @@ pub(crate) trait Dot: Copy + Send + Sync + 'static {
 pub(crate) struct Vnni;
 
 impl Dot for Vnni {
+    const PARTS: usize = 1;
+
+    fn tile_rows(_: Isa) -> usize {
+        12
+    }
+
     fn launch<K: Kernel>(_: Isa, kernel: K) {
         launch_vnni(kernel);
     }
 
     #[inline(always)]
-    unsafe fn dot<S: Simd>(s: S, acc: S::I, w: S::I, a: u32) -> S::I {
+    fn columns<S: Simd>(_: S, w: S::I, _: usize) -> S::I {
+        w
+    }
+
+    #[inline(always)]
+    fn elements<S: Simd>(_: S, a: S::I, _: usize) -> S::I {
+        a
+    }
+
+    #[inline(always)]
+    unsafe fn dot<S: Simd>(s: S, acc: S::I, columns: S::I, element: u32) -> S::I {
         // SAFETY: launch_vnni asked the processor, and runs kernels with the token Avx512.
-        unsafe { s.dot_bytes(acc, w, s.splat_i(a as i32)) }
+        unsafe { s.dot_bytes(acc, columns, s.splat_i(element as i32)) }
     }
 }
 
-/// Products of 16-bit integers.
+/// Products of 16-bit integers: of the first and third byte, then of the second and fourth. Activations are
+/// widened once, when they are packed.
 #[derive(Clone, Copy)]
 pub(crate) struct Widened;
 
 impl Dot for Widened {
+    const PARTS: usize = 2;
+
+    fn tile_rows(isa: Isa) -> usize {
+        if isa == Isa::Avx2 { 5 } else { 12 }
+    }
+
     fn launch<K: Kernel>(isa: Isa, kernel: K) {
         launch(isa, kernel);
     }
 
     #[inline(always)]
-    unsafe fn dot<S: Simd>(s: S, acc: S::I, w: S::I, a: u32) -> S::I {
-        let a = s.splat_i(a as i32);
-        let odd = s.multiply_pairs(s.right16::<8>(w), s.signed_right16::<8>(a));
-        let even_w = s.and(w, s.splat_i(0x00ff_00ff));
-        let even_a = s.signed_right16::<8>(s.left16::<8>(a));
-        s.add_i(s.add_i(acc, s.multiply_pairs(even_w, even_a)), odd)
+    fn columns<S: Simd>(s: S, w: S::I, part: usize) -> S::I {
+        match part {
+            0 => s.and(w, s.splat_i(0x00ff_00ff)),
+            _ => s.right16::<8>(w),
+        }
+    }
+
+    #[inline(always)]
+    fn elements<S: Simd>(s: S, a: S::I, part: usize) -> S::I {
+        match part {
+            0 => s.signed_right16::<8>(s.left16::<8>(a)),
+            _ => s.signed_right16::<8>(a),
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn dot<S: Simd>(s: S, acc: S::I, columns: S::I, element: u32) -> S::I {
+        s.add_i(acc, s.multiply_pairs(columns, s.splat_i(element as i32)))
     }
 }

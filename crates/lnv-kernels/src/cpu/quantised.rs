@@ -26,10 +26,14 @@ impl<D: Dot> Format for Q8<D> {
     type Unpacked = Self;
     const COLUMN_BYTES: usize = q8::STEP_K;
     const STEP_K: usize = q8::STEP_K;
-    const A_PER_STEP: usize = 1;
+    const A_PER_STEP: usize = D::PARTS;
     const TAIL_BYTES: usize = 4 * PANEL;
     const HEADS: bool = true;
     const ROTATES: bool = true;
+
+    fn tile_rows(isa: Isa) -> usize {
+        D::tile_rows(isa)
+    }
 
     fn launch<K: Kernel>(isa: Isa, kernel: K) {
         D::launch(isa, kernel);
@@ -52,9 +56,9 @@ impl<D: Dot> Format for Q8<D> {
         let (mut codes, mut sum, mut first) = (Codes::default(), s.splat_i(0), 0);
         for x in x.chunks(CHUNK) {
             sum = s.add_i(sum, codes.fill(s, x, step));
-            let count = (elements - first).min(CHUNK / 4);
+            let count = (elements - first).min(CHUNK / 4 * D::PARTS);
             // SAFETY: elements first..first + count are below `elements`.
-            unsafe { codes.store(count, out.add(first * stride), stride) };
+            unsafe { codes.store::<S, D>(s, count, out.add(first * stride), stride) };
             first += count;
         }
         let sum = codes_sum(s, sum, x.len().div_ceil(CHUNK));
@@ -70,16 +74,22 @@ impl<D: Dot> Format for Q8<D> {
         first: usize,
         _: Distance,
     ) {
-        let mut columns = [s.splat_i(0); V];
-        for (v, columns) in columns.iter_mut().enumerate() {
-            // SAFETY: the caller's contract: V registers of columns at w, from first on.
-            *columns = unsafe { s.load_i(w.add(4 * (first + v * S::LANES))) };
-        }
-        for (row, acc) in acc.iter_mut().enumerate() {
-            for (acc, columns) in acc.iter_mut().zip(columns) {
-                // SAFETY: the caller's contract: ROWS elements at a; only inside launch.
-                let sums = unsafe { D::dot(s, s.ints(*acc), columns, *a.add(row)) };
-                *acc = s.floats(sums);
+        for part in 0..D::PARTS {
+            let mut columns = [s.splat_i(0); V];
+            for (v, columns) in columns.iter_mut().enumerate() {
+                // SAFETY: the caller's contract: V registers of columns at w, from first on.
+                let bytes = unsafe { s.load_i(w.add(4 * (first + v * S::LANES))) };
+                *columns = D::columns(s, bytes, part);
+            }
+            for (row, acc) in acc.iter_mut().enumerate() {
+                for (acc, columns) in acc.iter_mut().zip(columns) {
+                    // SAFETY: the caller's contract: ROWS elements of each part at a; only inside launch.
+                    let sums = unsafe {
+                        let element = *a.add(part * ROWS + row);
+                        D::dot(s, s.ints(*acc), columns, element)
+                    };
+                    *acc = s.floats(sums);
+                }
             }
         }
     }
@@ -99,12 +109,14 @@ impl<D: Dot> Format for Q8<D> {
 pub(crate) struct Q4<D>(PhantomData<D>);
 
 /// Elements of a group's codes in a packed row.
-const GROUP_ELEMENTS: usize = q4::GROUP / 4;
+const fn group_elements<D: Dot>() -> usize {
+    q4::GROUP / 4 * D::PARTS
+}
 
 impl<D: Dot> Format for Q4<D> {
     const COLUMN_BYTES: usize = q4::GROUP_BYTES / PANEL;
     const STEP_K: usize = q4::GROUP;
-    const A_PER_STEP: usize = GROUP_ELEMENTS + 2;
+    const A_PER_STEP: usize = group_elements::<D>() + 2;
     type Unpacked = Q4Bytes<D>;
     const UNPACKS: bool = true;
 
@@ -159,11 +171,12 @@ impl<D: Dot> Format for Q4<D> {
             let step = step_of(s, x);
             let sum = codes.fill(s, x, step);
             let start = codes_sum(s, sum, 1).wrapping_mul(-i32::from(q4::ZERO));
+            let count = group_elements::<D>();
             // SAFETY: first is below `elements`, which is a multiple of a group's.
             unsafe {
-                codes.store(GROUP_ELEMENTS, out.add(first * stride), stride);
-                *out.add((first + GROUP_ELEMENTS) * stride) = start as u32;
-                *out.add((first + GROUP_ELEMENTS + 1) * stride) = step.scale.to_bits();
+                codes.store::<S, D>(s, count, out.add(first * stride), stride);
+                *out.add((first + count) * stride) = start as u32;
+                *out.add((first + count + 1) * stride) = step.scale.to_bits();
             }
         }
         0
@@ -179,7 +192,7 @@ impl<D: Dot> Format for Q4<D> {
         ahead: Distance,
     ) {
         // SAFETY: the caller's contract: ROWS * A_PER_STEP elements at a.
-        let mut sums = unsafe { group_starts::<S, ROWS, V>(s, a) };
+        let mut sums = unsafe { group_starts::<S, D, ROWS, V>(s, a) };
         for eight in 0..q4::GROUP / 8 {
             let (mut low, mut high) = ([s.splat_i(0); V], [s.splat_i(0); V]);
             for (v, (low, high)) in low.iter_mut().zip(&mut high).enumerate() {
@@ -189,14 +202,10 @@ impl<D: Dot> Format for Q4<D> {
             }
             // First all low levels, so that a sum is not needed again at once.
             for (four, columns) in [low, high].iter().enumerate() {
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    for (sums, columns) in sums.iter_mut().zip(columns) {
-                        // SAFETY: the caller's contract, as above; only inside launch.
-                        unsafe {
-                            let a = *a.add((2 * eight + four) * ROWS + row);
-                            *sums = D::dot(s, *sums, *columns, a);
-                        }
-                    }
+                // SAFETY: the caller's contract: the elements of the group; only inside launch.
+                unsafe {
+                    let a = a.add((2 * eight + four) * D::PARTS * ROWS);
+                    add_four::<S, D, ROWS, V>(s, &mut sums, a, columns);
                 }
                 for v in 0..V {
                     let line = w.wrapping_add(4 * (eight * PANEL + first + v * S::LANES));
@@ -215,7 +224,7 @@ impl<D: Dot> Format for Q4<D> {
             // SAFETY: the caller's contract: the scales of the group's columns.
             let scales = unsafe { s.load_f16(w.add(q4::CODES + 2 * (first + v * S::LANES))) };
             // SAFETY: the caller's contract: ROWS * A_PER_STEP elements at a.
-            unsafe { add_group(s, acc, &sums, (a, scales), v) };
+            unsafe { add_group::<S, D, ROWS, V>(s, acc, &sums, (a, scales), v) };
         }
     }
 
@@ -289,19 +298,44 @@ const SIGNED_BYTES: [u8; 16] = {
     bytes
 };
 
+/// Adds the products of four values of k to the integer sums of a group.
+///
+/// # Safety
+/// The elements of ROWS rows can be read at `a`; only inside [`Dot::launch`].
+#[inline(always)]
+unsafe fn add_four<S: Simd, D: Dot, const ROWS: usize, const V: usize>(
+    s: S,
+    sums: &mut [[S::I; V]; ROWS],
+    a: *const u32,
+    bytes: &[S::I; V],
+) {
+    for part in 0..D::PARTS {
+        let mut columns = *bytes;
+        for columns in &mut columns {
+            *columns = D::columns(s, *columns, part);
+        }
+        for (row, sums) in sums.iter_mut().enumerate() {
+            for (sums, columns) in sums.iter_mut().zip(columns) {
+                // SAFETY: the caller's contract.
+                *sums = unsafe { D::dot(s, *sums, columns, *a.add(part * ROWS + row)) };
+            }
+        }
+    }
+}
+
 /// What the integer sums of a group start with.
 ///
 /// # Safety
 /// `ROWS` elements can be read behind a group's codes at `a`.
 #[inline(always)]
-unsafe fn group_starts<S: Simd, const ROWS: usize, const V: usize>(
+unsafe fn group_starts<S: Simd, D: Dot, const ROWS: usize, const V: usize>(
     s: S,
     a: *const u32,
 ) -> [[S::I; V]; ROWS] {
     let mut sums = [[s.splat_i(0); V]; ROWS];
     for (row, sums) in sums.iter_mut().enumerate() {
         // SAFETY: the caller's contract.
-        let start = unsafe { *a.add(GROUP_ELEMENTS * ROWS + row) };
+        let start = unsafe { *a.add(group_elements::<D>() * ROWS + row) };
         *sums = [s.splat_i(start as i32); V];
     }
     sums
@@ -312,7 +346,7 @@ unsafe fn group_starts<S: Simd, const ROWS: usize, const V: usize>(
 /// # Safety
 /// A group's elements of ROWS rows can be read at `a`.
 #[inline(always)]
-unsafe fn add_group<S: Simd, const ROWS: usize, const V: usize>(
+unsafe fn add_group<S: Simd, D: Dot, const ROWS: usize, const V: usize>(
     s: S,
     acc: &mut [[S::F; V]; ROWS],
     sums: &[[S::I; V]; ROWS],
@@ -321,7 +355,7 @@ unsafe fn add_group<S: Simd, const ROWS: usize, const V: usize>(
 ) {
     for (row, (acc, sums)) in acc.iter_mut().zip(sums).enumerate() {
         // SAFETY: the caller's contract.
-        let step = f32::from_bits(unsafe { *a.add((GROUP_ELEMENTS + 1) * ROWS + row) });
+        let step = f32::from_bits(unsafe { *a.add((group_elements::<D>() + 1) * ROWS + row) });
         acc[v] = s.fma(s.to_float(sums[v]), s.mul(scales, s.splat(step)), acc[v]);
     }
 }
@@ -336,7 +370,7 @@ pub(crate) struct Q4Bytes<D>(PhantomData<D>);
 impl<D: Dot> Format for Q4Bytes<D> {
     const COLUMN_BYTES: usize = BYTES_GROUP / PANEL;
     const STEP_K: usize = q4::GROUP;
-    const A_PER_STEP: usize = GROUP_ELEMENTS + 2;
+    const A_PER_STEP: usize = group_elements::<D>() + 2;
     type Unpacked = Self;
 
     #[inline(always)]
@@ -362,18 +396,17 @@ impl<D: Dot> Format for Q4Bytes<D> {
         _: Distance,
     ) {
         // SAFETY: the caller's contract: ROWS * A_PER_STEP elements at a.
-        let mut sums = unsafe { group_starts::<S, ROWS, V>(s, a) };
-        for four in 0..GROUP_ELEMENTS {
+        let mut sums = unsafe { group_starts::<S, D, ROWS, V>(s, a) };
+        for four in 0..q4::GROUP / 4 {
             let mut columns = [s.splat_i(0); V];
             for (v, columns) in columns.iter_mut().enumerate() {
                 // SAFETY: the caller's contract: the bytes of the group's columns.
                 *columns = unsafe { s.load_i(w.add(4 * (four * PANEL + first + v * S::LANES))) };
             }
-            for (row, sums) in sums.iter_mut().enumerate() {
-                for (sums, columns) in sums.iter_mut().zip(columns) {
-                    // SAFETY: the caller's contract, as above; only inside launch.
-                    *sums = unsafe { D::dot(s, *sums, columns, *a.add(four * ROWS + row)) };
-                }
+            // SAFETY: the caller's contract: the elements of the group; only inside launch.
+            unsafe {
+                let a = a.add(four * D::PARTS * ROWS);
+                add_four::<S, D, ROWS, V>(s, &mut sums, a, &columns);
             }
         }
         for v in 0..V {
@@ -383,7 +416,7 @@ impl<D: Dot> Format for Q4Bytes<D> {
                 s.load(w.add(at).cast())
             };
             // SAFETY: the caller's contract: ROWS * A_PER_STEP elements at a.
-            unsafe { add_group(s, acc, &sums, (a, scales), v) };
+            unsafe { add_group::<S, D, ROWS, V>(s, acc, &sums, (a, scales), v) };
         }
     }
 }
@@ -461,22 +494,40 @@ impl Codes {
         }
     }
 
-    /// Writes the first elements to `out`, `out + stride` and so on.
+    /// Writes the first elements, as `D` multiplies them, to `out`, `out + stride` and so on.
     ///
     /// # Safety
     /// So many can be written there.
     #[inline(always)]
-    pub(crate) unsafe fn store(&self, elements: usize, out: *mut u32, stride: usize) {
-        if stride == 1 && elements == CHUNK / 4 {
+    pub(crate) unsafe fn store<S: Simd, D: Dot>(
+        &self,
+        s: S,
+        elements: usize,
+        out: *mut u32,
+        stride: usize,
+    ) {
+        if D::PARTS == 1 && stride == 1 && elements == CHUNK / 4 {
             // SAFETY: the caller's contract.
             unsafe { out.cast::<Self>().write_unaligned(*self) };
             return;
         }
-        for (e, element) in self.0.iter().enumerate().take(elements) {
-            // Volatile, for else the compiler makes scatters of these, which take three times as
-            // long.
-            // SAFETY: the caller's contract.
-            unsafe { out.add(e * stride).write_volatile(*element) };
+        for part in 0..D::PARTS {
+            let mut codes = *self;
+            for at in (0..CHUNK / 4).step_by(S::LANES) {
+                let codes = codes.0[at..at + S::LANES].as_mut_ptr();
+                // SAFETY: a register's values, read and written.
+                unsafe {
+                    let elements = D::elements(s, s.load_i(codes.cast()), part);
+                    s.store(codes.cast(), s.floats(elements));
+                }
+            }
+            let places = (part..elements).step_by(D::PARTS);
+            for (place, element) in places.zip(codes.0) {
+                // Volatile, for else the compiler makes scatters of these, which take three times as
+                // long.
+                // SAFETY: the caller's contract.
+                unsafe { out.add(place * stride).write_volatile(element) };
+            }
         }
     }
 }

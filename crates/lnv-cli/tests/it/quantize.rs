@@ -249,7 +249,7 @@ fn what_cannot_be_done_is_said_in_a_sentence() {
     let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     config["quantization_config"]["version"] = json!(7);
     std::fs::write(&path, config.to_string()).unwrap();
-    with(&[]).refuses(1, &["quantization_config.version is 7", "version 2"]);
+    with(&[]).refuses(1, &["quantization_config.version is 7", "version 3"]);
 }
 
 #[test]

@@ -43,7 +43,8 @@ pub struct Formats {
     pub tied: bool,
     /// The decoder's channels are brought to like sizes before they are rounded ([`super::balance`]).
     pub(super) balanced: bool,
-    /// So are the head's. Where it is the embedding table as well, embedded rows are scaled back.
+    /// So are the head's; of weights packed already, known only where the head is the embedding table, whose
+    /// embedded rows are scaled back.
     pub(super) head_scaled: bool,
     /// The tensors that bitsandbytes has quantised in the file, where it has; `false` for what the
     /// kernels cannot take as it is.

@@ -422,10 +422,7 @@ impl<D: Dot> Format for Int8<D> {
     const A_PER_STEP: usize = Q8::<D>::A_PER_STEP;
     const TAIL_BYTES: usize = 4 * PANEL;
     const HEADS: bool = true;
-
-    fn tile_rows(isa: Isa) -> usize {
-        Q8::<D>::tile_rows(isa)
-    }
+    const WIDENS: bool = Q8::<D>::WIDENS;
 
     fn launch<K: Kernel>(isa: Isa, kernel: K) {
         D::launch(isa, kernel);

@@ -47,10 +47,17 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
     /// Panels whose waiting sums a task keeps.
     const PANEL_GROUP: usize = 16;
 
+    /// Whether a register of weights is widened to two in the step.
+    const WIDENS: bool = false;
+
     /// Rows of the largest tile: its sums fill the registers but for the operands. With AVX2's 16 that is 6,
-    /// or 5 where a weight is widened to two registers: a sixth row's sums would go through memory.
+    /// or 5 where weights are widened: a sixth row's sums would go through memory.
     fn tile_rows(isa: Isa) -> usize {
-        if isa == Isa::Avx2 { 6 } else { 12 }
+        match (isa, Self::WIDENS) {
+            (Isa::Avx2, true) => 5,
+            (Isa::Avx2, false) => 6,
+            _ => 12,
+        }
     }
 
     /// Runs a kernel that uses this format.
@@ -288,10 +295,7 @@ impl Format for WideBf16 {
     const COLUMN_BYTES: usize = 4;
     const STEP_K: usize = 2;
     const A_PER_STEP: usize = 2;
-
-    fn tile_rows(isa: Isa) -> usize {
-        if isa == Isa::Avx2 { 5 } else { 12 }
-    }
+    const WIDENS: bool = true;
 
     #[inline(always)]
     unsafe fn step<S: Simd, const ROWS: usize, const V: usize>(

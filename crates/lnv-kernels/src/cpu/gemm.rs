@@ -1,7 +1,7 @@
 //! Matrix products with packed weights, for one row and for thousands.
 //!
-//! Decision: one loop nest for all sizes. The rows are split evenly into tiles of at most 12 (6
-//! with AVX2); a tile times a panel of 32 columns has all its sums in registers. Up to one tile of
+//! Decision: one loop nest for all sizes. The rows are split evenly into tiles of at most 12 (5
+//! or 6 with AVX2); a tile times a panel of 32 columns has all its sums in registers. Up to one tile of
 //! rows, each panel is read once, from end to end: one sequential stream a thread, at the speed of
 //! memory. Above, k is cut into blocks so that a panel's part (64 KB) and the packed activations of
 //! a block of rows (768 KB) stay in the second-level cache; sums that wait for the next block of k

@@ -223,9 +223,6 @@ pub(crate) trait Dot: Copy + Send + Sync + 'static {
     /// Elements of a row in four values of k.
     const PARTS: usize;
 
-    /// Rows of the largest tile of 8-bit weights.
-    fn tile_rows(isa: Isa) -> usize;
-
     /// Runs a kernel that multiplies this way.
     fn launch<K: Kernel>(isa: Isa, kernel: K);
 
@@ -248,10 +245,6 @@ pub(crate) struct Vnni;
 
 impl Dot for Vnni {
     const PARTS: usize = 1;
-
-    fn tile_rows(_: Isa) -> usize {
-        12
-    }
 
     fn launch<K: Kernel>(_: Isa, kernel: K) {
         launch_vnni(kernel);
@@ -281,10 +274,6 @@ pub(crate) struct Widened;
 
 impl Dot for Widened {
     const PARTS: usize = 2;
-
-    fn tile_rows(isa: Isa) -> usize {
-        if isa == Isa::Avx2 { 5 } else { 12 }
-    }
 
     fn launch<K: Kernel>(isa: Isa, kernel: K) {
         launch(isa, kernel);

@@ -10,7 +10,6 @@ use std::ops::Range;
 
 use half::f16;
 
-use crate::cpu::int::Vnni;
 use crate::cpu::quantised::{CHUNK, Codes, largest_magnitudes};
 use crate::cpu::simd::{Kernel, Simd, launch};
 use crate::isa::Isa;
@@ -72,7 +71,7 @@ impl Kernel for Q8Panel<'_> {
                 // SAFETY: the part has whole lines of PANEL elements, and column is below PANEL.
                 unsafe {
                     let out = codes.as_mut_ptr().add(column);
-                    chunk.store::<S, Vnni>(s, codes.len() / PANEL, out, PANEL);
+                    chunk.store(codes.len() / PANEL, out, PANEL);
                 }
             }
         }

@@ -30,10 +30,7 @@ impl<D: Dot> Format for Q8<D> {
     const TAIL_BYTES: usize = 4 * PANEL;
     const HEADS: bool = true;
     const ROTATES: bool = true;
-
-    fn tile_rows(isa: Isa) -> usize {
-        D::tile_rows(isa)
-    }
+    const WIDENS: bool = D::PARTS > 1;
 
     fn launch<K: Kernel>(isa: Isa, kernel: K) {
         D::launch(isa, kernel);
@@ -58,7 +55,7 @@ impl<D: Dot> Format for Q8<D> {
             sum = s.add_i(sum, codes.fill(s, x, step));
             let count = (elements - first).min(CHUNK / 4 * D::PARTS);
             // SAFETY: elements first..first + count are below `elements`.
-            unsafe { codes.store::<S, D>(s, count, out.add(first * stride), stride) };
+            unsafe { codes.store_parts::<S, D>(s, count, out.add(first * stride), stride) };
             first += count;
         }
         let sum = codes_sum(s, sum, x.len().div_ceil(CHUNK));
@@ -174,7 +171,7 @@ impl<D: Dot> Format for Q4<D> {
             let count = group_elements::<D>();
             // SAFETY: first is below `elements`, which is a multiple of a group's.
             unsafe {
-                codes.store::<S, D>(s, count, out.add(first * stride), stride);
+                codes.store_parts::<S, D>(s, count, out.add(first * stride), stride);
                 *out.add((first + count) * stride) = start as u32;
                 *out.add((first + count + 1) * stride) = step.scale.to_bits();
             }
@@ -494,23 +491,37 @@ impl Codes {
         }
     }
 
-    /// Writes the first elements, as `D` multiplies them, to `out`, `out + stride` and so on.
+    /// Writes the first elements to `out`, `out + stride` and so on.
     ///
     /// # Safety
     /// So many can be written there.
     #[inline(always)]
-    pub(crate) unsafe fn store<S: Simd, D: Dot>(
+    pub(crate) unsafe fn store(&self, elements: usize, out: *mut u32, stride: usize) {
+        if stride == 1 && elements == CHUNK / 4 {
+            // SAFETY: the caller's contract.
+            unsafe { out.cast::<Self>().write_unaligned(*self) };
+            return;
+        }
+        for (e, element) in self.0.iter().enumerate().take(elements) {
+            // Volatile, for else the compiler makes scatters of these, which take three times as
+            // long.
+            // SAFETY: the caller's contract.
+            unsafe { out.add(e * stride).write_volatile(*element) };
+        }
+    }
+
+    /// [`Codes::store`] of the elements that `D` multiplies, whole fours of k.
+    ///
+    /// # Safety
+    /// As there.
+    #[inline(always)]
+    unsafe fn store_parts<S: Simd, D: Dot>(
         &self,
         s: S,
         elements: usize,
         out: *mut u32,
         stride: usize,
     ) {
-        if D::PARTS == 1 && stride == 1 && elements == CHUNK / 4 {
-            // SAFETY: the caller's contract.
-            unsafe { out.cast::<Self>().write_unaligned(*self) };
-            return;
-        }
         for part in 0..D::PARTS {
             let mut codes = *self;
             for at in (0..CHUNK / 4).step_by(S::LANES) {
@@ -521,12 +532,10 @@ impl Codes {
                     s.store(codes.cast(), s.floats(elements));
                 }
             }
-            let places = (part..elements).step_by(D::PARTS);
-            for (place, element) in places.zip(codes.0) {
-                // Volatile, for else the compiler makes scatters of these, which take three times as
-                // long.
-                // SAFETY: the caller's contract.
-                unsafe { out.add(place * stride).write_volatile(element) };
+            // SAFETY: the caller's contract: every PARTS-th element, from this part's first on.
+            unsafe {
+                let out = out.add(part * stride);
+                codes.store(elements / D::PARTS, out, D::PARTS * stride);
             }
         }
     }

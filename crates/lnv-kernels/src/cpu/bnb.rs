@@ -311,7 +311,7 @@ pub(crate) unsafe fn look_up<S: Simd, M: Multiplier, T: Values>(
     ahead: Distance,
 ) -> [S::I; WORD] {
     let at = w.wrapping_add(4 * (word * PANEL + column));
-    ahead.fetch_line(at);
+    ahead.fetch_line::<S>(at);
     // SAFETY: the caller's contract.
     unsafe { M::look::<S, T>(s, s.load_i(at)) }
 }
@@ -331,7 +331,7 @@ pub(crate) unsafe fn add_scaled<S: Simd, const ROWS: usize, const V: usize>(
 ) {
     let absmax = w.wrapping_add(CODES + 4 * first);
     for v in 0..V {
-        ahead.fetch_line(absmax.wrapping_add(4 * v * S::LANES));
+        ahead.fetch_line::<S>(absmax.wrapping_add(4 * v * S::LANES));
     }
     // SAFETY: the caller's contract.
     unsafe { add_groups(s, acc, sums, absmax) };

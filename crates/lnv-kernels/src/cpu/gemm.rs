@@ -2,8 +2,8 @@
 //!
 //! Decision: one loop nest for all sizes. The rows are split evenly into tiles of at most 12 (5
 //! or 6 with AVX2); a tile times a panel of 32 columns has all its sums in registers. Up to one tile of
-//! rows, each panel is read once, from end to end: one sequential stream a thread, at the speed of
-//! memory. Above, k is cut into blocks so that a panel's part (64 KB) and the packed activations of
+//! rows, each panel is read once, from end to end: one sequential stream a thread, or, where memory gives more
+//! to several, a few side by side (`gemm/streams.rs`), at the speed of memory. Above, k is cut into blocks so that a panel's part (64 KB) and the packed activations of
 //! a block of rows (768 KB) stay in the second-level cache; sums that wait for the next block of k
 //! lie in scratch, tile after tile, and go to the result once, through the epilogue.
 //!
@@ -12,6 +12,7 @@
 
 mod pack;
 mod plan;
+mod streams;
 
 use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
 use std::cell::Cell;
@@ -174,6 +175,9 @@ impl<F: Format> Kernel for Task<'_, F> {
             plan.panel_groups,
             self.task % plan.panel_groups,
         );
+        if plan.streams > 1 {
+            return product.stream::<S, F>(s, &group, self.sums);
+        }
         let block = plan.rows_of(&tiles);
         let unpacks = F::UNPACKS && (tiles.len() > 1 || F::UNIT > 1);
         let mut registers = (F::UNIT > 1).then(Tiles::new);

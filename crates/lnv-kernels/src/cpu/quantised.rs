@@ -139,14 +139,14 @@ impl<D: Dot> Format for Q4<D> {
         }
         if V * S::LANES == PANEL {
             for line in (0..q4::GROUP_BYTES).step_by(64) {
-                ahead.fetch_line(w.wrapping_add(line));
+                ahead.fetch_line::<S>(w.wrapping_add(line));
             }
             return;
         }
         for eight in 0..q4::GROUP / 8 {
-            ahead.fetch_line(w.wrapping_add(4 * (eight * PANEL + first)));
+            ahead.fetch_line::<S>(w.wrapping_add(4 * (eight * PANEL + first)));
         }
-        ahead.fetch_line(w.wrapping_add(q4::CODES));
+        ahead.fetch_line::<S>(w.wrapping_add(q4::CODES));
     }
 
     fn launch<K: Kernel>(isa: Isa, kernel: K) {
@@ -208,14 +208,14 @@ impl<D: Dot> Format for Q4<D> {
                     let line = w.wrapping_add(4 * (eight * PANEL + first + v * S::LANES));
                     match (spreads(ROWS), four) {
                         (true, 0) => ahead.fetch_near(line),
-                        (true, _) => ahead.fetch_far(line),
+                        (true, _) => ahead.fetch_far::<S>(line),
                         _ => {}
                     }
                 }
             }
         }
         if spreads(ROWS) {
-            ahead.fetch_line(w.wrapping_add(q4::CODES));
+            ahead.fetch_line::<S>(w.wrapping_add(q4::CODES));
         }
         for v in 0..V {
             // SAFETY: the caller's contract: the scales of the group's columns.

@@ -5,7 +5,7 @@ use lnv_kernels::{
     WeightDtype, WeightPart, bnb, packed_len,
 };
 
-use crate::{all, assert_close, assert_same, matrix, noise, oracle, vector};
+use crate::{all, assert_close, assert_same, matrix, noise, oracle, side_by_side, vector};
 
 const fn bnb4(code: Code4, compute: Compute) -> WeightDtype {
     WeightDtype::Bnb4(Bnb4 { code, compute })
@@ -242,7 +242,7 @@ fn compare(rows: usize, n: usize, k: usize, dtype: WeightDtype) {
 
 #[test]
 fn a_row_has_the_same_bits_in_every_batch() {
-    for (n, k) in [(45, 64), (64, 4544)] {
+    for (n, k) in [(45, 64), (64, 4544), (side_by_side().0, 128)] {
         for (ops, dtype) in all()
             .iter()
             .flat_map(|ops| dtypes().map(|dtype| (ops, dtype)))

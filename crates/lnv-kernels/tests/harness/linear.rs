@@ -2,7 +2,7 @@
 
 use lnv_kernels::{Activation, Epilogue, Ops, Weight, WeightData, WeightDtype, WeightPart};
 
-use crate::{all, assert_close, assert_same, matrix, noise, oracle, vector};
+use crate::{all, assert_close, assert_same, matrix, noise, oracle, side_by_side, vector};
 
 const DTYPES: [WeightDtype; 3] = [WeightDtype::F32, WeightDtype::Bf16, WeightDtype::F16];
 
@@ -44,7 +44,15 @@ fn the_reference_is_the_definition() {
 
 #[test]
 fn every_format_and_size_agrees() {
-    for (n, k) in [(1, 1), (31, 7), (33, 64), (70, 129), (96, 1100), (40, 3001)] {
+    for (n, k) in [
+        (1, 1),
+        (31, 7),
+        (33, 64),
+        (70, 129),
+        (96, 1100),
+        (40, 3001),
+        side_by_side(),
+    ] {
         for dtype in DTYPES {
             for rows in [1, 2, 3, 5, 6, 7, 11, 12, 13, 25, 40] {
                 compare(rows, n, k, dtype);
@@ -103,7 +111,7 @@ fn epilogues_agree() {
 
 #[test]
 fn a_row_has_the_same_bits_in_every_batch() {
-    for (n, k) in [(45, 67), (64, 2500)] {
+    for (n, k) in [(45, 67), (64, 2500), side_by_side()] {
         for (ops, dtype) in all()
             .iter()
             .flat_map(|ops| DTYPES.map(|dtype| (ops, dtype)))

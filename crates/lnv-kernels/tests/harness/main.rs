@@ -23,6 +23,12 @@ fn all() -> Vec<Ops> {
     Isa::available().into_iter().map(Ops::with_isa).collect()
 }
 
+/// Outputs and values of k of a small product in which each thread has a few panels for each of four streams, not
+/// equally many; for up to 8 threads.
+fn side_by_side() -> (usize, usize) {
+    (32 * (20 * oracle().threads().min(8) + 7) - 5, 70)
+}
+
 /// Values between -1 and 1 with 8 significant bits: exact in bf16 and f16.
 fn noise(seed: usize, len: usize) -> Vec<f32> {
     let mut state = seed as u32 ^ 0x2545_f491;

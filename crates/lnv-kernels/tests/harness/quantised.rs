@@ -7,7 +7,7 @@ use lnv_kernels::{
     packed_len,
 };
 
-use crate::{all, assert_close, assert_same, matrix, noise, oracle, vector};
+use crate::{all, assert_close, assert_same, matrix, noise, oracle, side_by_side, vector};
 
 const DTYPES: [WeightDtype; 2] = [WeightDtype::Q8, WeightDtype::Q4];
 
@@ -100,7 +100,15 @@ fn the_reference_is_the_definition() {
 
 #[test]
 fn every_format_and_size_agrees() {
-    for (n, k) in [(1, 1), (31, 7), (33, 64), (70, 129), (96, 1100), (40, 3001)] {
+    for (n, k) in [
+        (1, 1),
+        (31, 7),
+        (33, 64),
+        (70, 129),
+        (96, 1100),
+        (40, 3001),
+        side_by_side(),
+    ] {
         for dtype in DTYPES {
             for rows in [1, 2, 3, 5, 6, 7, 8, 11, 12, 13, 17, 25, 40] {
                 compare(rows, n, k, dtype);
@@ -158,7 +166,7 @@ fn extreme_values_are_exact() {
 
 #[test]
 fn a_row_has_the_same_bits_in_every_batch() {
-    for (n, k) in [(45, 67), (64, 4500)] {
+    for (n, k) in [(45, 67), (64, 4500), side_by_side()] {
         for (ops, dtype) in all()
             .iter()
             .flat_map(|ops| DTYPES.map(|dtype| (ops, dtype)))

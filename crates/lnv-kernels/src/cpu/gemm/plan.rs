@@ -39,6 +39,8 @@ pub(super) struct Plan {
     /// time to set tile registers up for others.
     whole_tiles: bool,
     pub(super) tiles: usize,
+    /// Panels that a thread reads side by side.
+    pub(super) streams: usize,
     pub(super) row_blocks: usize,
     pub(super) panels: usize,
     pub(super) panel_groups: usize,
@@ -75,7 +77,9 @@ impl Plan {
         } else {
             0
         };
+        let streams = if tiles > 1 { 1 } else { F::streams(isa, rows) };
         Plan {
+            streams,
             unpacked_len,
             isa,
             rows,
@@ -115,7 +119,7 @@ impl Plan {
         rows * steps.len().next_multiple_of(self.unit_steps) * self.a_per_step
     }
 
-    /// Sums of a task that wait: of one tile, if k is not cut.
+    /// Sums of a task that wait: of one tile in each stream, if k is not cut.
     pub(super) fn sums_len(&self) -> usize {
         let panels = self.panels.div_ceil(self.panel_groups);
         let rows = match self.whole_tiles {
@@ -126,7 +130,7 @@ impl Plan {
         if self.waits() {
             panels * rows * PANEL
         } else {
-            rows.min(self.tile_rows) * PANEL
+            self.streams * rows.min(self.tile_rows) * PANEL
         }
     }
 

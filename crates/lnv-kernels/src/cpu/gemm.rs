@@ -27,7 +27,7 @@ use crate::cpu::activation::activation;
 use crate::cpu::amx::{AmxBf16, AmxQ4, AmxQ8, Tiles};
 use crate::cpu::bnb::{self, Outliers, add_outliers};
 use crate::cpu::formats::{Distance, DotBf16, Format, Head, WideBf16, WideF16, WideF32};
-use crate::cpu::int::{Vnni, Widened};
+use crate::cpu::int::{Signed, Vnni, Widened};
 use crate::cpu::quantised::{Q4, Q8};
 use crate::cpu::scratch::{Shared, with};
 use crate::cpu::simd::{Kernel, Simd};
@@ -69,6 +69,9 @@ pub(crate) fn linear(
         WeightDtype::Q8 if isa >= Isa::Avx512Vnni => product::<Q8<Vnni>>(isa, x, w, finish, out),
         WeightDtype::Q8 => product::<Q8<Widened>>(isa, x, w, finish, out),
         WeightDtype::Q4 if isa >= Isa::Avx512Vnni => product::<Q4<Vnni>>(isa, x, w, finish, out),
+        WeightDtype::Q4 if isa == Isa::Avx2 && x.rows() == 1 => {
+            product::<Q4<Signed>>(isa, x, w, finish, out);
+        }
         WeightDtype::Q4 => product::<Q4<Widened>>(isa, x, w, finish, out),
         WeightDtype::Bnb4(_) | WeightDtype::Int8(_) => bnb::linear(isa, x, w, finish, out),
     }

@@ -2,8 +2,10 @@
 //!
 //! Decision: quantised weights are unsigned bytes in a register, activations signed bytes in memory,
 //! four to a lane, because that is what the byte dot product of AVX-512 VNNI multiplies ([`Vnni`]).
-//! Processors without it widen to 16 bits ([`Widened`]): the 8-bit form that older code uses
-//! (`maddubs`) saturates at sums that occur. Both are exact, so sums are equal on all of them.
+//! Processors without it widen to 16 bits ([`Widened`]): products of unsigned and signed bytes in 16 bits
+//! (`maddubs`) saturate at sums that occur. Those of signed bytes do not, once the sign has moved from one factor
+//! to the other; with one row, where nothing is shared between rows, that takes fewer operations
+//! ([`Signed`]). All are exact, so sums are equal on all processors.
 
 use std::arch::x86_64::*;
 
@@ -55,6 +57,11 @@ pub(crate) trait Ints: Copy {
     fn look_up(self, table: &[u8; 16], index: Self::I) -> Self::I;
     /// In each lane, the sum of the products of its two signed 16-bit halves.
     fn multiply_pairs(self, a: Self::I, b: Self::I) -> Self::I;
+    /// In each lane, the sum of the products of its four signed bytes, of which none is -128.
+    ///
+    /// # Safety
+    /// The token is [`Avx2`].
+    unsafe fn multiply_fours(self, w: Self::I, a: Self::I) -> Self::I;
     /// In each lane, `acc` plus the sum of the products of w's four unsigned and a's four signed
     /// bytes.
     ///
@@ -142,6 +149,14 @@ impl Ints for Avx2 {
         with_features!(_mm256_madd_epi16(a, b))
     }
     #[inline(always)]
+    unsafe fn multiply_fours(self, w: __m256i, a: __m256i) -> __m256i {
+        with_features!({
+            // Two products are 2 * 127 * 127 at most, which 16 bits hold.
+            let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(w, a));
+            _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
+        })
+    }
+    #[inline(always)]
     unsafe fn dot_bytes(self, _: __m256i, _: __m256i, _: __m256i) -> __m256i {
         unreachable!("AVX2 has no byte dot product")
     }
@@ -210,6 +225,10 @@ impl Ints for Avx512 {
         with_features!(_mm512_madd_epi16(a, b))
     }
     #[inline(always)]
+    unsafe fn multiply_fours(self, _: __m512i, _: __m512i) -> __m512i {
+        unreachable!("AVX-512 has no instruction that moves signs")
+    }
+    #[inline(always)]
     unsafe fn dot_bytes(self, acc: __m512i, w: __m512i, a: __m512i) -> __m512i {
         with_features!(_mm512_dpbusd_epi32(acc, w, a))
     }
@@ -222,11 +241,13 @@ impl Ints for Avx512 {
 pub(crate) trait Dot: Copy + Send + Sync + 'static {
     /// Elements of a row in four values of k.
     const PARTS: usize;
+    /// Whether weights are multiplied as signed bytes.
+    const SIGNED: bool = false;
 
     /// Runs a kernel that multiplies this way.
     fn launch<K: Kernel>(isa: Isa, kernel: K);
 
-    /// What part `part` of four unsigned bytes a lane is multiplied as.
+    /// What part `part` of four bytes a lane is multiplied as.
     fn columns<S: Simd>(s: S, w: S::I, part: usize) -> S::I;
 
     /// Part `part` of a row's elements, of four signed bytes a lane.
@@ -298,5 +319,36 @@ impl Dot for Widened {
     #[inline(always)]
     unsafe fn dot<S: Simd>(s: S, acc: S::I, columns: S::I, element: u32) -> S::I {
         s.add_i(acc, s.multiply_pairs(columns, s.splat_i(element as i32)))
+    }
+}
+
+/// Products of signed bytes with AVX2.
+#[derive(Clone, Copy)]
+pub(crate) struct Signed;
+
+impl Dot for Signed {
+    const PARTS: usize = 1;
+    const SIGNED: bool = true;
+
+    fn launch<K: Kernel>(_: Isa, kernel: K) {
+        Avx2::new().launch(kernel);
+    }
+
+    #[inline(always)]
+    fn columns<S: Simd>(_: S, w: S::I, _: usize) -> S::I {
+        w
+    }
+
+    #[inline(always)]
+    fn elements<S: Simd>(_: S, a: S::I, _: usize) -> S::I {
+        a
+    }
+
+    #[inline(always)]
+    unsafe fn dot<S: Simd>(s: S, acc: S::I, columns: S::I, element: u32) -> S::I {
+        // SAFETY: launch runs kernels with the token Avx2.
+        s.add_i(acc, unsafe {
+            s.multiply_fours(columns, s.splat_i(element as i32))
+        })
     }
 }

@@ -167,7 +167,8 @@ impl<D: Dot> Format for Q4<D> {
         for (x, first) in x.chunks(q4::GROUP).zip(groups) {
             let step = step_of(s, x);
             let sum = codes.fill(s, x, step);
-            let start = codes_sum(s, sum, 1).wrapping_mul(-i32::from(q4::ZERO));
+            let zero = if D::SIGNED { 0 } else { i32::from(q4::ZERO) };
+            let start = codes_sum(s, sum, 1).wrapping_mul(-zero);
             let count = group_elements::<D>();
             // SAFETY: first is below `elements`, which is a multiple of a group's.
             unsafe {
@@ -195,7 +196,7 @@ impl<D: Dot> Format for Q4<D> {
             for (v, (low, high)) in low.iter_mut().zip(&mut high).enumerate() {
                 // SAFETY: the caller's contract: the codes of the group's columns.
                 let codes = unsafe { s.load_i(w.add(4 * (eight * PANEL + first + v * S::LANES))) };
-                (*low, *high) = levels(s, codes);
+                (*low, *high) = look_up(s, table_of(D::SIGNED), codes);
             }
             // First all low levels, so that a sum is not needed again at once.
             for (four, columns) in [low, high].iter().enumerate() {
@@ -242,7 +243,7 @@ impl<D: Dot> Q4<D> {
     /// [`Format::unpack`], by request to signed bytes: without the 128 that is added to each level.
     #[inline(always)]
     pub(crate) fn unpack_as<S: Simd, const SIGNED: bool>(s: S, w: &[u8], out: &mut [u8]) {
-        let table = if SIGNED { &SIGNED_BYTES } else { &q4::BYTES };
+        let table = table_of(SIGNED);
         let groups = out.chunks_exact_mut(BYTES_GROUP);
         for (w, out) in w.chunks_exact(q4::GROUP_BYTES).zip(groups) {
             for eight in 0..q4::GROUP / 8 {
@@ -269,13 +270,13 @@ impl<D: Dot> Q4<D> {
     }
 }
 
-/// The levels of a register of codes: of four values of k, and of the next four.
+/// The levels, as signed bytes or as unsigned.
 #[inline(always)]
-fn levels<S: Simd>(s: S, codes: S::I) -> (S::I, S::I) {
-    look_up(s, &q4::BYTES, codes)
+const fn table_of(signed: bool) -> &'static [u8; 16] {
+    if signed { &SIGNED_BYTES } else { &q4::BYTES }
 }
 
-/// As [`levels`], by a table.
+/// The levels of a register of codes: of four values of k, and of the next four.
 #[inline(always)]
 fn look_up<S: Simd>(s: S, table: &[u8; 16], codes: S::I) -> (S::I, S::I) {
     let mask = s.splat_i(0x0f0f_0f0f);

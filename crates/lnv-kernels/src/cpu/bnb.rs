@@ -80,6 +80,26 @@ pub(crate) trait Values: Copy + Send + Sync + 'static {
         }
         pairs
     };
+    /// Whether the values are bf16.
+    const HALVES: bool = {
+        let (mut halves, mut i) = (true, 0);
+        while i < 16 {
+            halves &= Self::NUMBERS.values[i].to_bits() << 16 == 0;
+            i += 1;
+        }
+        halves
+    };
+    /// The values' first bytes, which hold the sign, and their second.
+    const BYTES: [[u8; 16]; 2] = {
+        let (mut bytes, mut i) = ([[0; 16]; 2], 0);
+        while i < 16 {
+            let [first, second, ..] = Self::NUMBERS.values[i].to_bits().to_be_bytes();
+            bytes[0][i] = first;
+            bytes[1][i] = second;
+            i += 1;
+        }
+        bytes
+    };
 }
 
 macro_rules! values {
@@ -167,6 +187,9 @@ impl Multiplier for Wide {
 
     #[inline(always)]
     unsafe fn look<S: Simd, T: Values>(s: S, words: S::I) -> [S::I; WORD] {
+        if T::HALVES && S::LANES == 8 {
+            return look_bytes::<S, T>(s, words);
+        }
         let table = s.table(const { &T::NUMBERS.values });
         [
             s.look::<0>(table, words),
@@ -194,6 +217,29 @@ impl Multiplier for Wide {
     }
 }
 
+/// The values of words, which are bf16, byte by byte: AVX2 permutes bytes of all lanes in one operation, and whole
+/// lanes in several.
+#[inline(always)]
+fn look_bytes<S: Simd, T: Values>(s: S, words: S::I) -> [S::I; WORD] {
+    let nibbles = s.splat_i(0x0f0f_0f0f);
+    let (first_byte, second) = (s.splat_i(0xff00_ff00_u32 as i32), s.splat_i(0x00ff_00ff));
+    let upper = s.splat_i(0xffff_0000_u32 as i32);
+    let mut values = [words; WORD];
+    for (at, codes) in [words, s.right16::<4>(words)].into_iter().enumerate() {
+        let codes = s.and(codes, nibbles);
+        let high = s.look_up(const { &T::BYTES[0] }, codes);
+        let low = s.look_up(const { &T::BYTES[1] }, codes);
+        // The bytes of values 0 and 1 of four lie where the codes' lowest do, those of 4 and 5 above.
+        let first = s.add_i(s.left16::<8>(high), s.and(low, second));
+        let fifth = s.add_i(s.and(high, first_byte), s.right16::<8>(low));
+        for (four, pair) in [first, fifth].into_iter().enumerate() {
+            values[4 * four + 2 * at] = s.left(pair, 16);
+            values[4 * four + 2 * at + 1] = s.and(pair, upper);
+        }
+    }
+    values
+}
+
 /// 4-bit weights, looked up in the step.
 #[derive(Clone, Copy)]
 pub(crate) struct Bnb4<M, T>(PhantomData<(M, T)>);
@@ -209,7 +255,8 @@ impl<M: Multiplier, T: Values> Format for Bnb4<M, T> {
     #[inline(always)]
     fn registers(rows: usize, lanes: usize) -> usize {
         match (lanes, rows) {
-            (16, 1..=6) | (8, 1..=2) => 2,
+            (8, 1) => 4,
+            (16, 1..=6) | (8, 2..=3) => 2,
             _ => 1,
         }
     }
@@ -247,19 +294,24 @@ impl<M: Multiplier, T: Values> Format for Bnb4<M, T> {
     ) {
         let mut sums = [[s.splat(0.0); V]; ROWS];
         let per_word = WORD / M::LANE_K;
+        // With 16 registers the values of one word are as many as there is room for.
+        let at_once = if S::LANES == 8 { 1 } else { V };
         for word in 0..WORDS {
-            let mut values = [[s.splat_i(0); WORD]; V];
-            for (v, values) in values.iter_mut().enumerate() {
-                // SAFETY: the caller's contract: the codes of the group's columns.
-                *values = unsafe { look_up::<S, M, T>(s, w, word, first + v * S::LANES, ahead) };
-            }
-            for part in 0..per_word {
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    for (sums, values) in sums.iter_mut().zip(&values) {
-                        // SAFETY: the caller's contract: ROWS * A_PER_STEP elements at a.
-                        unsafe {
-                            let a = *a.add((word * per_word + part) * ROWS + row);
-                            *sums = M::add(s, *sums, values[part], a);
+            for from in (0..V).step_by(at_once) {
+                let mut values = [[s.splat_i(0); WORD]; V];
+                for (v, values) in values[..at_once].iter_mut().enumerate() {
+                    let column = first + (from + v) * S::LANES;
+                    // SAFETY: the caller's contract: the codes of the group's columns.
+                    *values = unsafe { look_up::<S, M, T>(s, w, word, column, ahead) };
+                }
+                for part in 0..per_word {
+                    for (row, sums) in sums.iter_mut().enumerate() {
+                        for (sums, values) in sums[from..from + at_once].iter_mut().zip(&values) {
+                            // SAFETY: the caller's contract: ROWS * A_PER_STEP elements at a.
+                            unsafe {
+                                let a = *a.add((word * per_word + part) * ROWS + row);
+                                *sums = M::add(s, *sums, values[part], a);
+                            }
                         }
                     }
                 }

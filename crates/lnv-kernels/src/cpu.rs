@@ -22,6 +22,7 @@ pub(crate) mod limits;
 mod lookup;
 pub(crate) mod norm;
 pub(crate) mod pack;
+mod pairs;
 pub(crate) mod quantise;
 pub(crate) mod quantised;
 pub(crate) mod rope;

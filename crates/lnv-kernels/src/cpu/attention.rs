@@ -18,9 +18,8 @@ use rayon::prelude::*;
 use crate::buffer::{Aligned, Buffer};
 use crate::cpu::scratch::{Shared, with};
 use crate::cpu::simd::{Kernel, Simd, launch};
-use crate::cpu::small::{Small, small_product};
-use crate::cpu::widen::{Blocks, Paged, Widened};
-use crate::cpu::{byte_attention, dot_attention};
+use crate::cpu::widen::{Blocks, Paged, Pairwise, Widened};
+use crate::cpu::{byte_attention, dot_attention, pairs};
 use crate::isa::Isa;
 use crate::kv_cache::{Heads, KV_BLOCK, KvDtype, LayerCache};
 use crate::ops::{AttentionShape, Precision, Span};
@@ -70,6 +69,14 @@ pub(crate) fn paged_attention(
                 match cache.record.dtype {
                     KvDtype::F32 => {
                         let mut blocks = Paged {
+                            cache,
+                            kv_head,
+                            table,
+                        };
+                        matrices.attend(isa, &rows, &mut blocks);
+                    }
+                    KvDtype::Bf16 | KvDtype::Int8 if rows.queries.len() * shared <= pairs::ROWS => {
+                        let mut blocks = Pairwise {
                             cache,
                             kv_head,
                             table,
@@ -298,7 +305,7 @@ struct Attend<'a, B> {
 impl<B: Blocks> Kernel for Attend<'_, B> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
-        let (count, d) = (self.tile.max.len(), self.matrices.heads.head_dim);
+        let d = self.matrices.heads.head_dim;
         self.load_queries(d);
         self.tile.o.fill(0.0);
         self.tile.max.fill(f32::NEG_INFINITY);
@@ -309,32 +316,15 @@ impl<B: Blocks> Kernel for Attend<'_, B> {
         let last = (end - 1) / KV_BLOCK;
         for block in start / KV_BLOCK..=last {
             let keys = KV_BLOCK.min(end - block * KV_BLOCK);
-            self.blocks.load(s, block);
-            let scores = Small {
-                a: self.tile.q,
-                a_stride: d,
-                b: self.blocks.keys(block),
-                b_stride: KV_BLOCK,
-                depth: d,
-                cols: KV_BLOCK,
-                next: self.blocks.values(block),
-            };
-            small_product(s, &scores, count, None, self.tile.scores);
+            let Tile { q, scores, .. } = &mut self.tile;
+            self.blocks.scores(s, block, (q, d), scores);
             self.softmax(s, block * KV_BLOCK);
-            let outputs = Small {
-                a: self.tile.scores,
-                a_stride: KV_BLOCK,
-                b: self.blocks.values(block),
-                b_stride: d,
-                depth: keys,
-                cols: d,
-                next: if block < last {
-                    self.blocks.ahead(block + 1)
-                } else {
-                    &[]
-                },
-            };
-            small_product(s, &outputs, count, Some(self.tile.rescale), self.tile.o);
+            let Tile {
+                o, scores, rescale, ..
+            } = &mut self.tile;
+            let places = (block, Some(block + 1).filter(|next| *next <= last));
+            self.blocks
+                .outputs(s, places, (scores, keys, rescale), (o, d));
         }
         self.store(s, d);
     }

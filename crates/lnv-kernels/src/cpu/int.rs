@@ -30,6 +30,11 @@ pub(crate) trait Ints: Copy {
     /// # Safety
     /// A register's bytes can be read from `p`.
     unsafe fn load_i(self, p: *const u8) -> Self::I;
+    /// A pair of signed bytes for each lane: the pairs' first, and their second.
+    ///
+    /// # Safety
+    /// Two bytes for each lane can be read from `p`.
+    unsafe fn load_byte_pairs(self, p: *const u8) -> (Self::I, Self::I);
     /// The lowest byte of each lane, side by side, to `p`.
     ///
     /// # Safety
@@ -80,6 +85,14 @@ impl Ints for Avx2 {
     #[inline(always)]
     unsafe fn load_i(self, p: *const u8) -> __m256i {
         with_features!(_mm256_loadu_si256(p.cast()))
+    }
+    #[inline(always)]
+    unsafe fn load_byte_pairs(self, p: *const u8) -> (__m256i, __m256i) {
+        with_features!({
+            let pairs = _mm256_cvtepi16_epi32(_mm_loadu_si128(p.cast()));
+            let first = _mm256_srai_epi32::<24>(_mm256_slli_epi32::<24>(pairs));
+            (first, _mm256_srai_epi32::<8>(pairs))
+        })
     }
     #[inline(always)]
     unsafe fn store_low_bytes(self, p: *mut u8, a: __m256i) {
@@ -172,6 +185,14 @@ impl Ints for Avx512 {
     #[inline(always)]
     unsafe fn load_i(self, p: *const u8) -> __m512i {
         with_features!(_mm512_loadu_si512(p.cast()))
+    }
+    #[inline(always)]
+    unsafe fn load_byte_pairs(self, p: *const u8) -> (__m512i, __m512i) {
+        with_features!({
+            let pairs = _mm512_cvtepi16_epi32(_mm256_loadu_si256(p.cast()));
+            let first = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(pairs));
+            (first, _mm512_srai_epi32::<8>(pairs))
+        })
     }
     #[inline(always)]
     unsafe fn store_low_bytes(self, p: *mut u8, a: __m512i) {

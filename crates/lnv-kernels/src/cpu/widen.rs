@@ -2,14 +2,17 @@
 //!
 //! Decision: such a kernel reads keys as `[d][KV_BLOCK]` and values as `[KV_BLOCK][d]`. An f32 cache
 //! lies so and is read where it is; the other types are widened a block at a time into the thread's
-//! scratch, which the block's queries then share. Widening is exact (int8: rounded once, code times
-//! scale), so the results are those of the reference up to the order of sums.
+//! scratch, which the block's queries then share, or, for a few queries, on the way into the product
+//! (`pairs.rs`). Widening is exact (int8: rounded once, code times scale), so the results are those of the
+//! reference up to the order of sums, and the same both ways.
 
 use std::cell::Cell;
 
 use crate::buffer::Aligned;
+use crate::cpu::pairs::{Pairs, Product, pairs_product};
 use crate::cpu::scratch::with;
 use crate::cpu::simd::Simd;
+use crate::cpu::small::{Small, small_product};
 use crate::kv_cache::{KV_BLOCK, KvDtype, LayerCache, Record};
 
 thread_local! {
@@ -26,6 +29,44 @@ pub(crate) trait Blocks {
     fn values(&self, block: usize) -> &[f32];
     /// What of a block that will be loaded is worth fetching.
     fn ahead(&self, block: usize) -> &[f32];
+
+    /// The products of queries `q` `[rows, d]` with a block's keys to `out` `[rows, KV_BLOCK]`.
+    #[inline(always)]
+    fn scores<S: Simd>(&mut self, s: S, block: usize, (q, d): (&[f32], usize), out: &mut [f32]) {
+        self.load(s, block);
+        let product = Small {
+            a: q,
+            a_stride: d,
+            b: self.keys(block),
+            b_stride: KV_BLOCK,
+            depth: d,
+            cols: KV_BLOCK,
+            next: self.values(block),
+        };
+        small_product(s, &product, q.len() / d, None, out);
+    }
+
+    /// `out[row] = out[row] * keep[row] + p·values`, for out `[rows, d]` and the weights p `[rows, KV_BLOCK]` of
+    /// the first so many keys of the block whose scores came last; `next` is the block that follows.
+    #[inline(always)]
+    fn outputs<S: Simd>(
+        &self,
+        s: S,
+        (block, next): (usize, Option<usize>),
+        (p, keys, keep): (&[f32], usize, &[f32]),
+        (out, d): (&mut [f32], usize),
+    ) {
+        let product = Small {
+            a: p,
+            a_stride: KV_BLOCK,
+            b: self.values(block),
+            b_stride: d,
+            depth: keys,
+            cols: d,
+            next: next.map_or(&[], |next| self.ahead(next)),
+        };
+        small_product(s, &product, keep.len(), Some(keep), out);
+    }
 }
 
 /// Blocks of an f32 cache.
@@ -52,6 +93,187 @@ impl Blocks for Paged<'_> {
     }
     fn ahead(&self, block: usize) -> &[f32] {
         self.keys(block)
+    }
+}
+
+/// Blocks of a cache of another type for at most [`ROWS`](crate::cpu::pairs::ROWS) queries.
+pub(crate) struct Pairwise<'a> {
+    pub(crate) cache: &'a LayerCache,
+    pub(crate) kv_head: usize,
+    pub(crate) table: &'a [u32],
+}
+
+impl Pairwise<'_> {
+    fn record(&self, block: usize) -> (Record, &[u32]) {
+        let form = self.cache.record;
+        let record = self.cache.record(self.table[block], self.kv_head);
+        assert!(record.len() == form.len());
+        (form, record)
+    }
+}
+
+impl Blocks for Pairwise<'_> {
+    fn load<S: Simd>(&mut self, _: S, _: usize) {}
+    fn keys(&self, _: usize) -> &[f32] {
+        &[]
+    }
+    fn values(&self, _: usize) -> &[f32] {
+        &[]
+    }
+    fn ahead(&self, _: usize) -> &[f32] {
+        &[]
+    }
+
+    #[inline(always)]
+    fn scores<S: Simd>(&mut self, s: S, block: usize, (q, d): (&[f32], usize), out: &mut [f32]) {
+        let (form, record) = self.record(block);
+        let (rows, columns) = (q.len() / d, KV_BLOCK);
+        macro_rules! product {
+            ($b:expr) => {{
+                let (a, a_stride, depth, cols) = (q, d, d, KV_BLOCK);
+                let product = Product {
+                    a,
+                    a_stride,
+                    b: $b,
+                    depth,
+                    cols,
+                };
+                // SAFETY: the record has pairs of d values of KV_BLOCK keys, and a scale of each.
+                unsafe { pairs_product(s, &product, rows, None, out) };
+            }};
+        }
+        if form.dtype == KvDtype::Bf16 {
+            product!(Bf16Pairs {
+                pairs: record,
+                columns
+            });
+        } else {
+            let (codes, scales) = (bytemuck::cast_slice(record), form.scales(record));
+            product!(Int8Keys {
+                codes,
+                columns,
+                scales
+            });
+        }
+    }
+
+    #[inline(always)]
+    fn outputs<S: Simd>(
+        &self,
+        s: S,
+        (block, _): (usize, Option<usize>),
+        (p, keys, keep): (&[f32], usize, &[f32]),
+        (out, d): (&mut [f32], usize),
+    ) {
+        let (form, record) = self.record(block);
+        let (columns, values) = (form.columns(), &record[form.keys_len()..]);
+        macro_rules! product {
+            ($b:expr) => {{
+                let (a, a_stride, depth, cols) = (p, KV_BLOCK, keys, d);
+                let product = Product { a, a_stride, b: $b, depth, cols };
+                // SAFETY: the record has pairs of KV_BLOCK values, each of whole registers of columns, and a
+                // scale of each.
+                unsafe { pairs_product(s, &product, keep.len(), Some(keep), out) };
+            }};
+        }
+        if form.dtype == KvDtype::Bf16 {
+            product!(Bf16Pairs {
+                pairs: values,
+                columns
+            });
+        } else {
+            let scales = &form.scales(record)[KV_BLOCK..];
+            product!(Int8Values {
+                codes: bytemuck::cast_slice(values),
+                columns,
+                scales
+            });
+        }
+    }
+}
+
+/// Pairs of bf16, `[pairs][columns]`.
+#[derive(Clone, Copy)]
+struct Bf16Pairs<'a> {
+    pairs: &'a [u32],
+    columns: usize,
+}
+
+impl Pairs for Bf16Pairs<'_> {
+    const BYTES: usize = 4;
+
+    #[inline(always)]
+    fn place(self, pair: usize, column: usize) -> *const u8 {
+        let start = self.pairs.as_ptr();
+        start.wrapping_add(pair * self.columns + column).cast()
+    }
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(self, s: S, pair: usize, column: usize) -> (S::F, S::F) {
+        // SAFETY: the caller's contract.
+        unsafe { s.load_bf16_pairs(self.place(pair, column)) }
+    }
+}
+
+/// Pairs of codes, `[pairs][columns]`, and a scale of each column.
+#[derive(Clone, Copy)]
+struct Int8Keys<'a> {
+    codes: &'a [u8],
+    columns: usize,
+    scales: &'a [f32],
+}
+
+impl Pairs for Int8Keys<'_> {
+    const BYTES: usize = 2;
+
+    #[inline(always)]
+    fn place(self, pair: usize, column: usize) -> *const u8 {
+        let start = self.codes.as_ptr();
+        start.wrapping_add(2 * (pair * self.columns + column))
+    }
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(self, s: S, pair: usize, column: usize) -> (S::F, S::F) {
+        // SAFETY: the caller's contract; as many scales as codes.
+        unsafe {
+            let (first, second) = s.load_byte_pairs(self.place(pair, column));
+            let scales = s.load(self.scales.as_ptr().add(column));
+            (
+                s.mul(s.to_float(first), scales),
+                s.mul(s.to_float(second), scales),
+            )
+        }
+    }
+}
+
+/// Pairs of codes, `[pairs][columns]`, and a scale of each row.
+#[derive(Clone, Copy)]
+struct Int8Values<'a> {
+    codes: &'a [u8],
+    columns: usize,
+    scales: &'a [f32],
+}
+
+impl Pairs for Int8Values<'_> {
+    const BYTES: usize = 2;
+
+    #[inline(always)]
+    fn place(self, pair: usize, column: usize) -> *const u8 {
+        let start = self.codes.as_ptr();
+        start.wrapping_add(2 * (pair * self.columns + column))
+    }
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(self, s: S, pair: usize, column: usize) -> (S::F, S::F) {
+        // SAFETY: the caller's contract; two scales for a pair.
+        unsafe {
+            let (first, second) = s.load_byte_pairs(self.place(pair, column));
+            let [x, y] = *self.scales.as_ptr().add(2 * pair).cast::<[f32; 2]>();
+            (
+                s.mul(s.to_float(first), s.splat(x)),
+                s.mul(s.to_float(second), s.splat(y)),
+            )
+        }
     }
 }
 

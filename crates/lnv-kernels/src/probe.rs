@@ -73,7 +73,7 @@ enum Way {
     TileBytes,
     /// Tile registers of bf16.
     TileBf16,
-    /// Bytes by way of 16-bit products: a product's own tile, since it is several instructions.
+    /// Bytes by way of 16-bit products: a multiplication and an addition.
     Pairs,
 }
 
@@ -122,10 +122,8 @@ impl Way {
     /// Multiplies for about a millisecond, so that some tries go undisturbed; returns the operations.
     #[cfg(target_arch = "x86_64")]
     fn multiply(self, isa: Isa) -> usize {
-        use crate::cpu::gemm::spin;
         use crate::cpu::limits::{Multiplier, multiply};
         const TIMES: usize = 200_000;
-        const TILES: usize = 1_000;
 
         let (operations, sum) = match self {
             _ if isa == Isa::Scalar => return multiply_plainly(),
@@ -134,10 +132,7 @@ impl Way {
             Way::DotBytes => multiply(isa, Multiplier::DotBytes, TIMES),
             Way::TileBytes => multiply(isa, Multiplier::TileBytes, TIMES / 10),
             Way::TileBf16 => multiply(isa, Multiplier::TileBf16, TIMES / 10),
-            Way::Pairs => {
-                let spun = spin(isa, WeightDtype::Q8, TILES);
-                (spun.operations, spun.sum)
-            }
+            Way::Pairs => multiply(isa, Multiplier::Pairs, TIMES),
         };
         black_box(sum);
         operations

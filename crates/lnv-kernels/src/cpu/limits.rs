@@ -21,6 +21,8 @@ pub(crate) enum Multiplier {
     DotBf16,
     /// The byte dot product, four products in a lane.
     DotBytes,
+    /// Of pairs of 16-bit integers, to which bytes are widened, and the addition that follows.
+    Pairs,
     /// Tile registers of bytes.
     TileBytes,
     /// Tile registers of bf16.
@@ -46,6 +48,7 @@ pub(crate) fn multiply(isa: Isa, multiplier: Multiplier, times: usize) -> (usize
         Multiplier::Fma => launch(isa, Chains::<Fma>::new(&factors, times, &mut done)),
         Multiplier::DotBf16 => launch_bf16_dot(Chains::<DotBf16>::new(&factors, times, &mut done)),
         Multiplier::DotBytes => launch_vnni(Chains::<DotBytes>::new(&factors, times, &mut done)),
+        Multiplier::Pairs => launch(isa, Chains::<Pairs>::new(&factors, times, &mut done)),
         Multiplier::TileBytes => done.0 = amx::spin::<amx::SignedUnsigned>(times),
         Multiplier::TileBf16 => done.0 = amx::spin::<amx::Bf16>(times),
     }
@@ -95,6 +98,20 @@ impl Multiply for DotBytes {
     unsafe fn step<S: Simd>(s: S, sum: S::F, a: *const u8, w: *const u8) -> S::F {
         // SAFETY: the caller's contract.
         unsafe { s.floats(s.dot_bytes(s.ints(sum), s.load_i(w), s.load_i(a))) }
+    }
+}
+
+struct Pairs;
+
+impl Multiply for Pairs {
+    const PRODUCTS: usize = 2;
+
+    #[inline(always)]
+    unsafe fn step<S: Simd>(s: S, sum: S::F, a: *const u8, w: *const u8) -> S::F {
+        // What is multiplied is the sum: else the compiler would multiply once and add over and over.
+        // SAFETY: the caller's contract.
+        let (a, w) = unsafe { (s.load_i(a), s.load_i(w)) };
+        s.floats(s.add_i(a, s.multiply_pairs(s.ints(sum), w)))
     }
 }
 
@@ -222,6 +239,10 @@ mod tests {
             let square = f64::from(f32::from_bits(0x3c3c_3c3c)).powi(2);
             let expected = operations as f64 / 2.0 * square;
             assert!((f64::from(sum) / expected - 1.0).abs() < 1e-4, "{isa}");
+        }
+        if Isa::Avx2.is_available() {
+            let (operations, _) = multiply(Isa::Avx2, Multiplier::Pairs, 100);
+            assert_eq!(operations, 2 * 100 * 12 * 8 * 2);
         }
         if Isa::Avx512Bf16.is_available() {
             let (operations, sum) = multiply(Isa::Avx512Bf16, Multiplier::DotBf16, 100);

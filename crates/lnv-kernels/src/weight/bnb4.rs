@@ -14,8 +14,6 @@
 //! leaves the least error, 3.3e-4 (root mean square; the whole range is 2). Rounding the weights
 //! themselves, `bf16(table[code] * absmax)` as Transformers does, leaves 5e-4.
 
-#[cfg(target_arch = "x86_64")]
-use super::WeightDtype;
 use super::bnb::{Code4, FP4, NF4};
 use super::{Columns, PANEL, WeightData, bnb, float};
 
@@ -43,17 +41,6 @@ pub enum Compute {
     /// The table's values as bf16; activations are rounded to bf16 where the processor has its dot
     /// product.
     Bf16,
-}
-
-impl Bnb4 {
-    /// The type of a product of this kind.
-    #[cfg(target_arch = "x86_64")]
-    pub(crate) fn multiplied(self) -> WeightDtype {
-        match self.compute {
-            Compute::F32 => WeightDtype::F32,
-            Compute::Bf16 => WeightDtype::Bf16,
-        }
-    }
 }
 
 /// What stands for the codes in a product.

@@ -268,11 +268,17 @@ pub(crate) trait Dot: Copy + Send + Sync + 'static {
     /// Runs a kernel that multiplies this way.
     fn launch<K: Kernel>(isa: Isa, kernel: K);
 
-    /// What part `part` of four bytes a lane is multiplied as.
-    fn columns<S: Simd>(s: S, w: S::I, part: usize) -> S::I;
+    /// What part `part` of four bytes a lane is multiplied as; of one part, as it is.
+    #[inline(always)]
+    fn columns<S: Simd>(_: S, w: S::I, _part: usize) -> S::I {
+        w
+    }
 
-    /// Part `part` of a row's elements, of four signed bytes a lane.
-    fn elements<S: Simd>(s: S, a: S::I, part: usize) -> S::I;
+    /// Part `part` of a row's elements, of four signed bytes a lane; of one part, as it is.
+    #[inline(always)]
+    fn elements<S: Simd>(_: S, a: S::I, _part: usize) -> S::I {
+        a
+    }
 
     /// In each lane, `acc` plus the products of a part's columns and an element. Sums wrap.
     ///
@@ -290,16 +296,6 @@ impl Dot for Vnni {
 
     fn launch<K: Kernel>(_: Isa, kernel: K) {
         launch_vnni(kernel);
-    }
-
-    #[inline(always)]
-    fn columns<S: Simd>(_: S, w: S::I, _: usize) -> S::I {
-        w
-    }
-
-    #[inline(always)]
-    fn elements<S: Simd>(_: S, a: S::I, _: usize) -> S::I {
-        a
     }
 
     #[inline(always)]
@@ -353,16 +349,6 @@ impl Dot for Signed {
 
     fn launch<K: Kernel>(_: Isa, kernel: K) {
         Avx2::new().launch(kernel);
-    }
-
-    #[inline(always)]
-    fn columns<S: Simd>(_: S, w: S::I, _: usize) -> S::I {
-        w
-    }
-
-    #[inline(always)]
-    fn elements<S: Simd>(_: S, a: S::I, _: usize) -> S::I {
-        a
     }
 
     #[inline(always)]

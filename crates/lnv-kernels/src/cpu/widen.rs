@@ -149,7 +149,7 @@ impl Blocks for Pairwise<'_> {
             });
         } else {
             let (codes, scales) = (bytemuck::cast_slice(record), form.scales(record));
-            product!(Int8Keys {
+            product!(Int8Pairs::<true> {
                 codes,
                 columns,
                 scales
@@ -183,7 +183,7 @@ impl Blocks for Pairwise<'_> {
             });
         } else {
             let scales = &form.scales(record)[KV_BLOCK..];
-            product!(Int8Values {
+            product!(Int8Pairs::<false> {
                 codes: bytemuck::cast_slice(values),
                 columns,
                 scales
@@ -215,15 +215,15 @@ impl Pairs for Bf16Pairs<'_> {
     }
 }
 
-/// Pairs of codes, `[pairs][columns]`, and a scale of each column.
+/// Pairs of codes, `[pairs][columns]`, and a scale of each column (keys) or of each row (values).
 #[derive(Clone, Copy)]
-struct Int8Keys<'a> {
+struct Int8Pairs<'a, const KEYS: bool> {
     codes: &'a [u8],
     columns: usize,
     scales: &'a [f32],
 }
 
-impl Pairs for Int8Keys<'_> {
+impl<const KEYS: bool> Pairs for Int8Pairs<'_, KEYS> {
     const BYTES: usize = 2;
 
     #[inline(always)]
@@ -234,45 +234,17 @@ impl Pairs for Int8Keys<'_> {
 
     #[inline(always)]
     unsafe fn load<S: Simd>(self, s: S, pair: usize, column: usize) -> (S::F, S::F) {
-        // SAFETY: the caller's contract; as many scales as codes.
+        // SAFETY: the caller's contract; as many scales as columns, or two for a pair.
         unsafe {
             let (first, second) = s.load_byte_pairs(self.place(pair, column));
-            let scales = s.load(self.scales.as_ptr().add(column));
-            (
-                s.mul(s.to_float(first), scales),
-                s.mul(s.to_float(second), scales),
-            )
-        }
-    }
-}
-
-/// Pairs of codes, `[pairs][columns]`, and a scale of each row.
-#[derive(Clone, Copy)]
-struct Int8Values<'a> {
-    codes: &'a [u8],
-    columns: usize,
-    scales: &'a [f32],
-}
-
-impl Pairs for Int8Values<'_> {
-    const BYTES: usize = 2;
-
-    #[inline(always)]
-    fn place(self, pair: usize, column: usize) -> *const u8 {
-        let start = self.codes.as_ptr();
-        start.wrapping_add(2 * (pair * self.columns + column))
-    }
-
-    #[inline(always)]
-    unsafe fn load<S: Simd>(self, s: S, pair: usize, column: usize) -> (S::F, S::F) {
-        // SAFETY: the caller's contract; two scales for a pair.
-        unsafe {
-            let (first, second) = s.load_byte_pairs(self.place(pair, column));
-            let [x, y] = *self.scales.as_ptr().add(2 * pair).cast::<[f32; 2]>();
-            (
-                s.mul(s.to_float(first), s.splat(x)),
-                s.mul(s.to_float(second), s.splat(y)),
-            )
+            let (x, y) = if KEYS {
+                let scales = s.load(self.scales.as_ptr().add(column));
+                (scales, scales)
+            } else {
+                let [x, y] = *self.scales.as_ptr().add(2 * pair).cast::<[f32; 2]>();
+                (s.splat(x), s.splat(y))
+            };
+            (s.mul(s.to_float(first), x), s.mul(s.to_float(second), y))
         }
     }
 }

@@ -16,6 +16,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::buffer::{Aligned, Buffer};
+use crate::cpu::formats::fetch_line;
 use crate::cpu::scratch::{Shared, with};
 use crate::cpu::simd::{Kernel, Simd, launch};
 use crate::cpu::widen::{Blocks, Paged, Pairwise, Widened};
@@ -26,6 +27,9 @@ use crate::ops::{AttentionShape, Precision, Span};
 
 /// Query rows in a tile: four times the six that have their sums in registers.
 const TILE_ROWS: usize = 24;
+/// Rows ahead of which a head's keys and values are fetched to be packed: they lie too far apart for the processor
+/// to guess.
+const AHEAD: usize = 8;
 
 thread_local! {
     static TILE: Cell<Option<Aligned<f32>>> = const { Cell::new(None) };
@@ -270,6 +274,11 @@ impl<'a> Matrices<'a> {
         } = self.heads;
         let (keys_at, values_at) = ((heads + kv_head) * d, (heads + kv_heads + kv_head) * d);
         for (j, row) in rows.enumerate() {
+            let ahead = self.qkv.as_ptr().wrapping_add((row + AHEAD) * self.cols);
+            for line in (0..d).step_by(16) {
+                fetch_line(ahead.wrapping_add(keys_at + line).cast());
+                fetch_line(ahead.wrapping_add(values_at + line).cast());
+            }
             let row = &self.qkv[row * self.cols..][..self.cols];
             let start = j / KV_BLOCK * d * KV_BLOCK;
             let column = keys[start + j % KV_BLOCK..].iter_mut().step_by(KV_BLOCK);
@@ -317,8 +326,8 @@ impl<B: Blocks> Kernel for Attend<'_, B> {
         for block in start / KV_BLOCK..=last {
             let keys = KV_BLOCK.min(end - block * KV_BLOCK);
             let Tile { q, scores, .. } = &mut self.tile;
-            self.blocks.scores(s, block, (q, d), scores);
-            self.softmax(s, block * KV_BLOCK);
+            self.blocks.scores(s, (block, keys), (q, d), scores);
+            self.softmax(s, block * KV_BLOCK, keys);
             let Tile {
                 o, scores, rescale, ..
             } = &mut self.tile;
@@ -341,27 +350,31 @@ impl<B: Blocks> Attend<'_, B> {
     }
 
     /// Scores to probabilities, with the new maximum, sum and rescaling of each row. `first` is the
-    /// block's first key.
+    /// block's first key, `keys` how many of it are looked at.
     #[inline(always)]
-    fn softmax<S: Simd>(&mut self, s: S, first: usize) {
+    fn softmax<S: Simd>(&mut self, s: S, first: usize, keys: usize) {
         let tile = &mut self.tile;
         let (hidden, scale) = (s.splat(f32::NEG_INFINITY), s.splat(self.matrices.scale));
+        let looked_at = keys.next_multiple_of(S::LANES);
         for (row, scores) in tile.scores.chunks_exact_mut(KV_BLOCK).enumerate() {
             let (query, _) = self.matrices.place(self.rows, row);
             let visible = self.rows.mask.visible(query);
             let from = visible.start.saturating_sub(first);
             let to = visible.end.saturating_sub(first);
+            let all = from == 0 && to >= looked_at;
             let mut max = hidden;
-            for lane in (0..KV_BLOCK).step_by(S::LANES) {
-                let from = from.saturating_sub(lane).min(S::LANES);
-                let to = to.saturating_sub(lane).min(S::LANES).max(from);
+            for lane in (0..looked_at).step_by(S::LANES) {
                 let at = scores[lane..lane + S::LANES].as_mut_ptr();
                 // SAFETY: LANES scores.
-                unsafe {
-                    let score = s.keep(s.mul(s.load(at), scale), from, to, hidden);
-                    s.store(at, score);
-                    max = s.max(score, max);
+                let mut score = s.mul(unsafe { s.load(at) }, scale);
+                if !all {
+                    let from = from.saturating_sub(lane).min(S::LANES);
+                    let to = to.saturating_sub(lane).min(S::LANES).max(from);
+                    score = s.keep(score, from, to, hidden);
                 }
+                // SAFETY: as above.
+                unsafe { s.store(at, score) };
+                max = s.max(score, max);
             }
             let before = tile.max[row];
             tile.max[row] = s.largest(max).max(before);
@@ -379,7 +392,7 @@ impl<B: Blocks> Attend<'_, B> {
         for (row, scores) in tile.scores.chunks_exact_mut(KV_BLOCK).enumerate() {
             let max = s.splat(finite(tile.max[row]));
             let mut sum = s.splat(0.0);
-            for lane in (0..KV_BLOCK).step_by(S::LANES) {
+            for lane in (0..looked_at).step_by(S::LANES) {
                 let at = scores[lane..lane + S::LANES].as_mut_ptr();
                 // SAFETY: LANES scores.
                 unsafe {

@@ -192,6 +192,7 @@ impl Eager<'_> {
             b_stride: KV_BLOCK,
             depth: d,
             cols: KV_BLOCK,
+            c_stride: KV_BLOCK,
             next: &[],
         };
         small_product(s, &product, rows, None, self.scores);
@@ -220,6 +221,7 @@ impl Eager<'_> {
             b_stride: d,
             depth: KV_BLOCK.min(span.kv_len - block * KV_BLOCK),
             cols: d,
+            c_stride: d,
             next: &[],
         };
         small_product(s, &product, rows, Some(&[1.0; TILE_ROWS][..rows]), self.o);

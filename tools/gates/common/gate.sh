@@ -19,11 +19,17 @@ make_smollm2() {
     PYTHONPATH="$folder/python" python3 -B "$here/smollm2_checkpoint.py" "$gguf" "$folder/smollm2"
 }
 
+# Builds the command and the examples; prints their folder. Of the whole workspace, as the tests are built: of one
+# package alone, its dependencies have fewer features and are compiled anew, the kernels with them, for minutes.
+build_debug() {
+    cargo build --quiet --locked --manifest-path "$root/Cargo.toml" --workspace --bins --examples
+    printf '%s/debug\n' "$("$root/tools/setup/target_dir.sh")"
+}
+
 # Exports LNV, a binary: the one that it names, or a new one.
 build_lnv() {
     if [ -z "${LNV:-}" ]; then
-        cargo build --quiet --locked --manifest-path "$root/Cargo.toml" --package lnv-cli
-        LNV=$("$root/tools/setup/target_dir.sh")/debug/lnv
+        LNV=$(build_debug)/lnv
     fi
     export LNV
 }

@@ -6,7 +6,9 @@
 #[non_exhaustive]
 pub enum KernelError {
     /// `LNV_ISA` names no instruction set.
-    #[error("LNV_ISA is \"{0}\"; it takes scalar, avx2, avx512, avx512vnni, avx512bf16 or amx")]
+    #[error(
+        "LNV_ISA is \"{0}\"; it takes scalar, avx2, avxvnni, avx512, avx512vnni, avx512bf16 or amx"
+    )]
     UnknownIsa(String),
     /// `LNV_ISA` names an instruction set that this processor lacks.
     #[error("LNV_ISA asks for {wanted}, which this processor lacks; it has {available}")]

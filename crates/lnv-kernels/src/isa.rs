@@ -18,6 +18,9 @@ pub enum Isa {
     Scalar,
     /// AVX2 with FMA and F16C.
     Avx2,
+    /// AVX2 with the byte dot product (AVX-VNNI), which quantised weights use: Intel's processors without AVX-512
+    /// since 2021.
+    AvxVnni,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
     /// AVX-512 with the byte dot product (VNNI), which quantised weights use.
@@ -30,9 +33,10 @@ pub enum Isa {
 
 impl Isa {
     /// All instruction sets, from slow to fast.
-    const ALL: [Isa; 6] = [
+    const ALL: [Isa; 7] = [
         Isa::Scalar,
         Isa::Avx2,
+        Isa::AvxVnni,
         Isa::Avx512,
         Isa::Avx512Vnni,
         Isa::Avx512Bf16,
@@ -74,6 +78,7 @@ impl Isa {
         match self {
             Isa::Scalar => true,
             Isa::Avx2 => avx2,
+            Isa::AvxVnni => avx2 && is_x86_feature_detected!("avxvnni"),
             Isa::Avx512 => avx512,
             Isa::Avx512Vnni => vnni,
             Isa::Avx512Bf16 => vnni && is_x86_feature_detected!("avx512bf16"),
@@ -139,6 +144,7 @@ impl fmt::Display for Isa {
         f.write_str(match self {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
+            Isa::AvxVnni => "avxvnni",
             Isa::Avx512 => "avx512",
             Isa::Avx512Vnni => "avx512vnni",
             Isa::Avx512Bf16 => "avx512bf16",
@@ -201,7 +207,7 @@ mod tests {
         assert!(
             error
                 .to_string()
-                .contains("scalar, avx2, avx512, avx512vnni, avx512bf16 or amx"),
+                .contains("scalar, avx2, avxvnni, avx512, avx512vnni, avx512bf16 or amx"),
             "{error}"
         );
         assert_eq!(Isa::available()[0], Isa::Scalar);

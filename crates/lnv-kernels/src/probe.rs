@@ -85,7 +85,7 @@ fn ways(isa: Isa, dtype: WeightDtype) -> &'static [Way] {
         WeightDtype::Bf16 if isa == Isa::Avx512Bf16 => &[Way::DotBf16, Way::Fma],
         WeightDtype::Bf16 => &[Way::Fma],
         _ if isa == Isa::Amx => &[Way::TileBytes],
-        _ if isa >= Isa::Avx512Vnni => &[Way::DotBytes],
+        _ if isa == Isa::AvxVnni || isa >= Isa::Avx512Vnni => &[Way::DotBytes],
         _ if isa == Isa::Scalar => &[Way::Fma],
         _ => &[Way::Pairs],
     }

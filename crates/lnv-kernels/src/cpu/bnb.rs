@@ -18,7 +18,7 @@ use crate::buffer::{Buffer, Vector};
 use crate::cpu::amx::{AmxBnb4, AmxInt8, InOrder};
 use crate::cpu::formats::{Distance, DotBf16, Format, Head, fetch_line};
 use crate::cpu::gemm::{TILED, product};
-use crate::cpu::int::{Dot, Vnni, Widened};
+use crate::cpu::int::{AvxVnni, Dot, Vnni, Widened};
 use crate::cpu::quantised::Q8;
 use crate::cpu::simd::{Kernel, Simd, launch};
 use crate::isa::Isa;
@@ -46,6 +46,8 @@ pub(crate) fn linear(
             product::<AmxInt8>(isa, x, w, finish, out);
         } else if isa >= Isa::Avx512Vnni {
             product::<Int8<Vnni>>(isa, x, w, finish, out);
+        } else if isa == Isa::AvxVnni {
+            product::<Int8<AvxVnni>>(isa, x, w, finish, out);
         } else {
             product::<Int8<Widened>>(isa, x, w, finish, out);
         }

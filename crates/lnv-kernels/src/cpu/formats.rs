@@ -58,8 +58,8 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
     /// or 5 where weights are widened: a sixth row's sums would go through memory.
     fn tile_rows(isa: Isa) -> usize {
         match (isa, Self::WIDENS) {
-            (Isa::Avx2, true) => 5,
-            (Isa::Avx2, false) => 6,
+            (Isa::Avx2 | Isa::AvxVnni, true) => 5,
+            (Isa::Avx2 | Isa::AvxVnni, false) => 6,
             _ => 12,
         }
     }
@@ -68,7 +68,7 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
     /// third more from four streams than from one, where nothing but memory takes time.
     fn streams(isa: Isa, rows: usize) -> usize {
         match isa {
-            Isa::Avx2 if rows <= MOST_STREAMED => STREAMS,
+            Isa::Avx2 | Isa::AvxVnni if rows <= MOST_STREAMED => STREAMS,
             _ => 1,
         }
     }
@@ -198,7 +198,7 @@ impl Distance {
     pub(crate) fn of(isa: Isa) -> Self {
         match isa {
             Isa::Amx => Self::AMX,
-            Isa::Scalar | Isa::Avx2 => Self::AVX2,
+            Isa::Scalar | Isa::Avx2 | Isa::AvxVnni => Self::AVX2,
             _ => Self::OTHERS,
         }
     }

@@ -27,7 +27,7 @@ use crate::cpu::activation::activation;
 use crate::cpu::amx::{AmxBf16, AmxQ4, AmxQ8, Tiles};
 use crate::cpu::bnb::{self, Outliers, add_outliers};
 use crate::cpu::formats::{Distance, DotBf16, Format, Head, WideBf16, WideF16, WideF32};
-use crate::cpu::int::{Signed, Vnni, Widened};
+use crate::cpu::int::{AvxVnni, Signed, Vnni, Widened};
 use crate::cpu::quantised::{Q4, Q8};
 use crate::cpu::scratch::{Shared, with};
 use crate::cpu::simd::{Kernel, Simd};
@@ -67,8 +67,10 @@ pub(crate) fn linear(
         WeightDtype::Q8 if tiled(TILED) => product::<AmxQ8>(isa, x, w, finish, out),
         WeightDtype::Q4 if tiled(TILED_GROUPS) => product::<AmxQ4>(isa, x, w, finish, out),
         WeightDtype::Q8 if isa >= Isa::Avx512Vnni => product::<Q8<Vnni>>(isa, x, w, finish, out),
+        WeightDtype::Q8 if isa == Isa::AvxVnni => product::<Q8<AvxVnni>>(isa, x, w, finish, out),
         WeightDtype::Q8 => product::<Q8<Widened>>(isa, x, w, finish, out),
         WeightDtype::Q4 if isa >= Isa::Avx512Vnni => product::<Q4<Vnni>>(isa, x, w, finish, out),
+        WeightDtype::Q4 if isa == Isa::AvxVnni => product::<Q4<AvxVnni>>(isa, x, w, finish, out),
         WeightDtype::Q4 if isa == Isa::Avx2 && x.rows() == 1 => {
             product::<Q4<Signed>>(isa, x, w, finish, out);
         }

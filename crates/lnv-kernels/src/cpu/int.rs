@@ -1,15 +1,15 @@
 //! A register of 32-bit integers, and the dot product of bytes.
 //!
 //! Decision: quantised weights are unsigned bytes in a register, activations signed bytes in memory,
-//! four to a lane, because that is what the byte dot product of AVX-512 VNNI multiplies ([`Vnni`]).
-//! Processors without it widen to 16 bits ([`Widened`]): products of unsigned and signed bytes in 16 bits
+//! four to a lane, because that is what the byte dot product multiplies, that of AVX-512 ([`Vnni`]) and that of
+//! AVX2 ([`AvxVnni`]). Processors without it widen to 16 bits ([`Widened`]): products of unsigned and signed bytes in 16 bits
 //! (`maddubs`) saturate at sums that occur. Those of signed bytes do not, once the sign has moved from one factor
 //! to the other; with one row, where nothing is shared between rows, that takes fewer operations
 //! ([`Signed`]). All are exact, so sums are equal on all processors.
 
 use std::arch::x86_64::*;
 
-use crate::cpu::simd::{Avx2, Avx512, Kernel, Simd, launch, launch_vnni};
+use crate::cpu::simd::{Avx2, Avx512, Kernel, Simd, launch, launch_avx_vnni, launch_vnni};
 use crate::isa::Isa;
 
 /// Calls intrinsics of the token's instruction set.
@@ -71,7 +71,7 @@ pub(crate) trait Ints: Copy {
     /// bytes.
     ///
     /// # Safety
-    /// The processor has AVX-512 VNNI and the token is [`Avx512`].
+    /// The processor has AVX-512 VNNI and the token is [`Avx512`], or AVX-VNNI and [`Avx2`].
     unsafe fn dot_bytes(self, acc: Self::I, w: Self::I, a: Self::I) -> Self::I;
 }
 
@@ -170,8 +170,8 @@ impl Ints for Avx2 {
         })
     }
     #[inline(always)]
-    unsafe fn dot_bytes(self, _: __m256i, _: __m256i, _: __m256i) -> __m256i {
-        unreachable!("AVX2 has no byte dot product")
+    unsafe fn dot_bytes(self, acc: __m256i, w: __m256i, a: __m256i) -> __m256i {
+        with_features!(_mm256_dpbusd_avx_epi32(acc, w, a))
     }
 }
 
@@ -305,6 +305,24 @@ impl Dot for Vnni {
     }
 }
 
+/// AVX-VNNI: the same in registers of 8.
+#[derive(Clone, Copy)]
+pub(crate) struct AvxVnni;
+
+impl Dot for AvxVnni {
+    const PARTS: usize = 1;
+
+    fn launch<K: Kernel>(_: Isa, kernel: K) {
+        launch_avx_vnni(kernel);
+    }
+
+    #[inline(always)]
+    unsafe fn dot<S: Simd>(s: S, acc: S::I, columns: S::I, element: u32) -> S::I {
+        // SAFETY: launch_avx_vnni asked the processor, and runs kernels with the token Avx2.
+        unsafe { s.dot_bytes(acc, columns, s.splat_i(element as i32)) }
+    }
+}
+
 /// Products of 16-bit integers: of the first and third byte, then of the second and fourth. Activations are
 /// widened once, when they are packed.
 #[derive(Clone, Copy)]
@@ -357,5 +375,81 @@ impl Dot for Signed {
         s.add_i(acc, unsafe {
             s.multiply_fours(columns, s.splat_i(element as i32))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::bnb::Int8;
+    use crate::cpu::formats::Format;
+    use crate::cpu::gemm::product;
+    use crate::cpu::quantised::{Q4, Q8};
+    use crate::ops::{Epilogue, Ops};
+    use crate::weight::{self, WeightData, WeightDtype, WeightPart};
+
+    /// [`AvxVnni`] out of AVX2's instructions, so that what is around the instruction is tested without it too.
+    #[derive(Clone, Copy)]
+    struct Emulated;
+
+    impl Dot for Emulated {
+        const PARTS: usize = 1;
+
+        fn launch<K: Kernel>(_: Isa, kernel: K) {
+            launch(Isa::Avx2, kernel);
+        }
+
+        unsafe fn dot<S: Simd>(s: S, acc: S::I, columns: S::I, element: u32) -> S::I {
+            let element = s.splat_i(element as i32);
+            (0..Widened::PARTS).fold(acc, |acc, part| {
+                let columns = Widened::columns(s, columns, part);
+                let element = Widened::elements(s, element, part);
+                s.add_i(acc, s.multiply_pairs(columns, element))
+            })
+        }
+    }
+
+    /// The bits of a product of so many rows, by a format and by what AVX2 multiplies these weights with.
+    fn products<F: Format>(
+        dtype: WeightDtype,
+        (rows, n, k): (usize, usize, usize),
+    ) -> [Vec<u32>; 2] {
+        let value = |i: usize| ((i * 7919 + i / 13) % 1999) as f32 / 999.5 - 1.0;
+        let values: Vec<f32> = (0..n * k).map(value).collect();
+        let data = WeightData::F32(bytemuck::cast_slice(&values));
+        let ops = Ops::with_isa(Isa::Avx2);
+        let w = ops
+            .pack(&[WeightPart::new(data, n)], k, dtype)
+            .expect("fits");
+        // Some columns are outliers of LLM.int8().
+        let x = |i: usize| value(i * 31 + 7) * if i % k % 50 == 3 { 9.0 } else { 1.5 };
+        let x = ops.upload(rows, k, &(0..rows * k).map(x).collect::<Vec<_>>());
+        let (mut own, mut expected) = (ops.buffer(rows, n), ops.buffer(rows, n));
+        product::<F>(
+            Isa::AvxVnni,
+            &x,
+            &w,
+            (None, Epilogue::Store(None)),
+            &mut own,
+        );
+        ops.linear(&x, &w, None, Epilogue::Store(None), &mut expected);
+        [own, expected].map(|out| ops.download(&out).iter().map(|v| v.to_bits()).collect())
+    }
+
+    #[test]
+    fn registers_of_8_with_the_byte_dot_product_have_the_bits_of_avx2() {
+        if !Isa::Avx2.is_available() {
+            return;
+        }
+        let rows = (1..=13).chain([29, 40]);
+        for shape in rows.flat_map(|rows| [(rows, 33, 77), (rows, 96, 576), (rows, 5, 1)]) {
+            let [own, expected] = products::<Q8<Emulated>>(WeightDtype::Q8, shape);
+            assert_eq!(own, expected, "q8 {shape:?}");
+            let [own, expected] = products::<Q4<Emulated>>(WeightDtype::Q4, shape);
+            assert_eq!(own, expected, "q4 {shape:?}");
+            let int8 = WeightDtype::Int8(weight::Int8::new(6.0));
+            let [own, expected] = products::<Int8<Emulated>>(int8, shape);
+            assert_eq!(own, expected, "int8 {shape:?}");
+        }
     }
 }

@@ -9,7 +9,7 @@ use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
 use std::marker::PhantomData;
 
 use crate::cpu::amx;
-use crate::cpu::simd::{Kernel, Simd, launch, launch_bf16_dot, launch_vnni};
+use crate::cpu::simd::{Kernel, Simd, launch, launch_avx_vnni, launch_bf16_dot, launch_vnni};
 use crate::isa::Isa;
 
 /// Which multiplier.
@@ -47,6 +47,9 @@ pub(crate) fn multiply(isa: Isa, multiplier: Multiplier, times: usize) -> (usize
     match multiplier {
         Multiplier::Fma => launch(isa, Chains::<Fma>::new(&factors, times, &mut done)),
         Multiplier::DotBf16 => launch_bf16_dot(Chains::<DotBf16>::new(&factors, times, &mut done)),
+        Multiplier::DotBytes if isa == Isa::AvxVnni => {
+            launch_avx_vnni(Chains::<DotBytes>::new(&factors, times, &mut done));
+        }
         Multiplier::DotBytes => launch_vnni(Chains::<DotBytes>::new(&factors, times, &mut done)),
         Multiplier::Pairs => launch(isa, Chains::<Pairs>::new(&factors, times, &mut done)),
         Multiplier::TileBytes => done.0 = amx::spin::<amx::SignedUnsigned>(times),
@@ -61,8 +64,15 @@ trait Multiply {
     const PRODUCTS: usize;
 
     /// # Safety
-    /// A register's bytes can be read at `a` and at `w`; only inside the multiplier's launch.
-    unsafe fn step<S: Simd>(s: S, sum: S::F, a: *const u8, w: *const u8) -> S::F;
+    /// Only inside the multiplier's launch.
+    unsafe fn step<S: Simd>(s: S, sum: S::F, factors: &Loaded<'_, S>) -> S::F;
+}
+
+/// The factors in registers: loaded once, for else a compiler may load them for each multiplication.
+struct Loaded<'a, S: Simd> {
+    a: S::I,
+    w: S::I,
+    from: &'a Factors,
 }
 
 struct Fma;
@@ -71,9 +81,8 @@ impl Multiply for Fma {
     const PRODUCTS: usize = 1;
 
     #[inline(always)]
-    unsafe fn step<S: Simd>(s: S, sum: S::F, a: *const u8, w: *const u8) -> S::F {
-        // SAFETY: the caller's contract.
-        unsafe { s.fma(s.load(a.cast()), s.load(w.cast()), sum) }
+    unsafe fn step<S: Simd>(s: S, sum: S::F, factors: &Loaded<'_, S>) -> S::F {
+        s.fma(s.floats(factors.a), s.floats(factors.w), sum)
     }
 }
 
@@ -83,9 +92,10 @@ impl Multiply for DotBf16 {
     const PRODUCTS: usize = 2;
 
     #[inline(always)]
-    unsafe fn step<S: Simd>(s: S, sum: S::F, a: *const u8, w: *const u8) -> S::F {
-        // SAFETY: the caller's contract.
-        unsafe { s.dot_bf16(sum, a.cast(), w) }
+    unsafe fn step<S: Simd>(s: S, sum: S::F, factors: &Loaded<'_, S>) -> S::F {
+        let (a, w) = factors.from.0.split_at(REGISTER);
+        // SAFETY: the caller's contract; both halves have the bytes of the widest register.
+        unsafe { s.dot_bf16(sum, a.as_ptr().cast(), w.as_ptr()) }
     }
 }
 
@@ -95,9 +105,9 @@ impl Multiply for DotBytes {
     const PRODUCTS: usize = 4;
 
     #[inline(always)]
-    unsafe fn step<S: Simd>(s: S, sum: S::F, a: *const u8, w: *const u8) -> S::F {
+    unsafe fn step<S: Simd>(s: S, sum: S::F, factors: &Loaded<'_, S>) -> S::F {
         // SAFETY: the caller's contract.
-        unsafe { s.floats(s.dot_bytes(s.ints(sum), s.load_i(w), s.load_i(a))) }
+        s.floats(unsafe { s.dot_bytes(s.ints(sum), factors.w, factors.a) })
     }
 }
 
@@ -107,11 +117,9 @@ impl Multiply for Pairs {
     const PRODUCTS: usize = 2;
 
     #[inline(always)]
-    unsafe fn step<S: Simd>(s: S, sum: S::F, a: *const u8, w: *const u8) -> S::F {
+    unsafe fn step<S: Simd>(s: S, sum: S::F, factors: &Loaded<'_, S>) -> S::F {
         // What is multiplied is the sum: else the compiler would multiply once and add over and over.
-        // SAFETY: the caller's contract.
-        let (a, w) = unsafe { (s.load_i(a), s.load_i(w)) };
-        s.floats(s.add_i(a, s.multiply_pairs(s.ints(sum), w)))
+        s.floats(s.add_i(factors.a, s.multiply_pairs(s.ints(sum), factors.w)))
     }
 }
 
@@ -149,11 +157,15 @@ impl<M: Multiply> Chains<'_, M> {
     #[inline(always)]
     fn sums<S: Simd, const SUMS: usize>(self, s: S) {
         let (a, w) = self.factors.0.split_at(REGISTER);
+        // SAFETY: both halves have the bytes of the widest register.
+        let (a, w) = unsafe { (s.load_i(a.as_ptr()), s.load_i(w.as_ptr())) };
+        let from = self.factors;
+        let loaded = Loaded { a, w, from };
         let mut sums = [s.splat(0.0); SUMS];
         for _ in 0..self.times {
             for sum in &mut sums {
-                // SAFETY: both halves have the bytes of the widest register; `multiply` launches.
-                *sum = unsafe { M::step(s, *sum, a.as_ptr(), w.as_ptr()) };
+                // SAFETY: `multiply` launches.
+                *sum = unsafe { M::step(s, *sum, &loaded) };
             }
         }
         let mut all = s.splat(0.0);
@@ -243,6 +255,10 @@ mod tests {
         if Isa::Avx2.is_available() {
             let (operations, _) = multiply(Isa::Avx2, Multiplier::Pairs, 100);
             assert_eq!(operations, 2 * 100 * 12 * 8 * 2);
+        }
+        if Isa::AvxVnni.is_available() {
+            let (operations, _) = multiply(Isa::AvxVnni, Multiplier::DotBytes, 100);
+            assert_eq!(operations, 2 * 100 * 12 * 8 * 4);
         }
         if Isa::Avx512Bf16.is_available() {
             let (operations, sum) = multiply(Isa::Avx512Bf16, Multiplier::DotBf16, 100);

@@ -34,7 +34,7 @@ pub(crate) trait Kernel {
 /// The instruction set is scalar, or the processor lacks it.
 pub(crate) fn launch<K: Kernel>(isa: Isa, kernel: K) {
     match isa {
-        Isa::Avx2 => Avx2::new().launch(kernel),
+        Isa::Avx2 | Isa::AvxVnni => Avx2::new().launch(kernel),
         Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 | Isa::Amx => Avx512::new().launch(kernel),
         Isa::Scalar => panic!("the scalar instruction set has no kernels. This is a bug."),
     }
@@ -73,6 +73,24 @@ pub(crate) fn launch_vnni<K: Kernel>(kernel: K) {
         "this processor lacks avx512vnni. This is a bug."
     );
     let s = Avx512::new();
+    with_features!(inner(s, kernel));
+}
+
+/// Runs a kernel that calls [`Ints::dot_bytes`] on registers of 8.
+///
+/// # Panics
+/// The processor lacks the byte dot product for them.
+pub(crate) fn launch_avx_vnni<K: Kernel>(kernel: K) {
+    #[inline(never)]
+    #[target_feature(enable = "avxvnni,avx2,fma,f16c")]
+    fn inner<K: Kernel>(s: Avx2, kernel: K) {
+        kernel.run(s);
+    }
+    assert!(
+        Isa::AvxVnni.is_available(),
+        "this processor lacks avxvnni. This is a bug."
+    );
+    let s = Avx2::new();
     with_features!(inner(s, kernel));
 }
 

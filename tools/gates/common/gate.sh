@@ -22,8 +22,10 @@ make_smollm2() {
 # Builds the command and the examples; prints their folder. Of the whole workspace, as the tests are built: of one
 # package alone, its dependencies have fewer features and are compiled anew, the kernels with them, for minutes.
 build_debug() {
-    cargo build --quiet --locked --manifest-path "$root/Cargo.toml" --workspace --bins --examples
-    printf '%s/debug\n' "$("$root/tools/setup/target_dir.sh")"
+    local target
+    # Joined, for errexit does not hold where the output is taken.
+    cargo build --quiet --locked --manifest-path "$root/Cargo.toml" --workspace --bins --examples &&
+        target=$("$root/tools/setup/target_dir.sh") && printf '%s/debug\n' "$target"
 }
 
 # Exports LNV, a binary: the one that it names, or a new one.

@@ -57,9 +57,9 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
     /// Rows of the largest tile: its sums fill the registers but for the operands. With AVX2's 16 that is 6,
     /// or 5 where weights are widened: a sixth row's sums would go through memory.
     fn tile_rows(isa: Isa) -> usize {
-        match (isa, Self::WIDENS) {
-            (Isa::Avx2 | Isa::AvxVnni, true) => 5,
-            (Isa::Avx2 | Isa::AvxVnni, false) => 6,
+        match (isa < Isa::Avx512, Self::WIDENS) {
+            (true, true) => 5,
+            (true, false) => 6,
             _ => 12,
         }
     }
@@ -67,9 +67,10 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
     /// Panels that a thread reads side by side, for so many rows, which are one tile. A Zen 3 reads a fifth to a
     /// third more from four streams than from one, where nothing but memory takes time.
     fn streams(isa: Isa, rows: usize) -> usize {
-        match isa {
-            Isa::Avx2 | Isa::AvxVnni if rows <= MOST_STREAMED => STREAMS,
-            _ => 1,
+        if isa < Isa::Avx512 && rows <= MOST_STREAMED {
+            STREAMS
+        } else {
+            1
         }
     }
 
@@ -198,7 +199,7 @@ impl Distance {
     pub(crate) fn of(isa: Isa) -> Self {
         match isa {
             Isa::Amx => Self::AMX,
-            Isa::Scalar | Isa::Avx2 | Isa::AvxVnni => Self::AVX2,
+            _ if isa < Isa::Avx512 => Self::AVX2,
             _ => Self::OTHERS,
         }
     }

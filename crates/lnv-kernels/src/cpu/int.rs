@@ -2,8 +2,8 @@
 //!
 //! Decision: quantised weights are unsigned bytes in a register, activations signed bytes in memory,
 //! four to a lane, because that is what the byte dot product multiplies, that of AVX-512 ([`Vnni`]) and that of
-//! AVX2 ([`AvxVnni`]). Processors without it widen to 16 bits ([`Widened`]): products of unsigned and signed bytes in 16 bits
-//! (`maddubs`) saturate at sums that occur. Those of signed bytes do not, once the sign has moved from one factor
+//! AVX2 ([`AvxVnni`]). Processors without it widen to 16 bits ([`Widened`]): products of unsigned and signed bytes
+//! in 16 bits (`maddubs`) saturate at sums that occur. Those of signed bytes do not, once the sign has moved from one factor
 //! to the other; with one row, where nothing is shared between rows, that takes fewer operations
 //! ([`Signed`]). All are exact, so sums are equal on all processors.
 

@@ -40,58 +40,49 @@ pub(crate) fn launch<K: Kernel>(isa: Isa, kernel: K) {
     }
 }
 
-/// Runs a kernel that calls [`Simd::dot_bf16`].
-///
-/// # Panics
-/// The processor lacks the bf16 dot product.
-pub(crate) fn launch_bf16_dot<K: Kernel>(kernel: K) {
-    #[inline(never)]
-    #[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    fn inner<K: Kernel>(s: Avx512, kernel: K) {
-        kernel.run(s);
-    }
-    assert!(
-        Isa::Avx512Bf16.is_available(),
-        "this processor lacks avx512bf16. This is a bug."
-    );
-    let s = Avx512::new();
-    with_features!(inner(s, kernel));
+/// A function that runs kernels with an instruction set beyond that of their token.
+macro_rules! launch_with {
+    ($(#[$doc:meta])* $name:ident, $token:ident, $isa:expr, $features:literal) => {
+        $(#[$doc])*
+        pub(crate) fn $name<K: Kernel>(kernel: K) {
+            #[inline(never)]
+            #[target_feature(enable = $features)]
+            fn inner<K: Kernel>(s: $token, kernel: K) {
+                kernel.run(s);
+            }
+            assert!(
+                $isa.is_available(),
+                "this processor lacks {}. This is a bug.",
+                $isa
+            );
+            let s = $token::new();
+            with_features!(inner(s, kernel));
+        }
+    };
 }
 
-/// Runs a kernel that calls [`Ints::dot_bytes`].
-///
-/// # Panics
-/// The processor lacks the byte dot product.
-pub(crate) fn launch_vnni<K: Kernel>(kernel: K) {
-    #[inline(never)]
-    #[target_feature(enable = "avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    fn inner<K: Kernel>(s: Avx512, kernel: K) {
-        kernel.run(s);
-    }
-    assert!(
-        Isa::Avx512Vnni.is_available(),
-        "this processor lacks avx512vnni. This is a bug."
-    );
-    let s = Avx512::new();
-    with_features!(inner(s, kernel));
+launch_with! {
+    /// Runs a kernel that calls [`Simd::dot_bf16`].
+    ///
+    /// # Panics
+    /// The processor lacks the bf16 dot product.
+    launch_bf16_dot, Avx512, Isa::Avx512Bf16, "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 }
 
-/// Runs a kernel that calls [`Ints::dot_bytes`] on registers of 8.
-///
-/// # Panics
-/// The processor lacks the byte dot product for them.
-pub(crate) fn launch_avx_vnni<K: Kernel>(kernel: K) {
-    #[inline(never)]
-    #[target_feature(enable = "avxvnni,avx2,fma,f16c")]
-    fn inner<K: Kernel>(s: Avx2, kernel: K) {
-        kernel.run(s);
-    }
-    assert!(
-        Isa::AvxVnni.is_available(),
-        "this processor lacks avxvnni. This is a bug."
-    );
-    let s = Avx2::new();
-    with_features!(inner(s, kernel));
+launch_with! {
+    /// Runs a kernel that calls [`Ints::dot_bytes`].
+    ///
+    /// # Panics
+    /// The processor lacks the byte dot product.
+    launch_vnni, Avx512, Isa::Avx512Vnni, "avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+}
+
+launch_with! {
+    /// Runs a kernel that calls [`Ints::dot_bytes`] on registers of 8.
+    ///
+    /// # Panics
+    /// The processor lacks the byte dot product for them.
+    launch_avx_vnni, Avx2, Isa::AvxVnni, "avxvnni,avx2,fma,f16c"
 }
 
 /// A register of `LANES` f32. Every method is one or a few instructions.

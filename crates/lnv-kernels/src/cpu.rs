@@ -18,6 +18,7 @@ pub(crate) mod eager;
 pub(crate) mod formats;
 pub(crate) mod gemm;
 pub(crate) mod int;
+mod launch;
 pub(crate) mod limits;
 mod lookup;
 pub(crate) mod norm;

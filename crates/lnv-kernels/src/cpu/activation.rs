@@ -6,7 +6,8 @@
 
 use crate::buffer::Buffer;
 use crate::cpu::each_row;
-use crate::cpu::simd::{Kernel, Simd, launch};
+use crate::cpu::launch::{Kernel, launch};
+use crate::cpu::simd::Simd;
 use crate::isa::Isa;
 use crate::ops::Activation;
 

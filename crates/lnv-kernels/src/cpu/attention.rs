@@ -17,8 +17,9 @@ use rayon::prelude::*;
 
 use crate::buffer::{Aligned, Buffer};
 use crate::cpu::formats::fetch_line;
+use crate::cpu::launch::{Kernel, launch};
 use crate::cpu::scratch::{Shared, with};
-use crate::cpu::simd::{Kernel, Simd, launch};
+use crate::cpu::simd::Simd;
 use crate::cpu::widen::{Blocks, Paged, Pairwise, Widened};
 use crate::cpu::{byte_attention, dot_attention, pairs};
 use crate::isa::Isa;

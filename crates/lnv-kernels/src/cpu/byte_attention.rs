@@ -16,9 +16,10 @@ use rayon::prelude::*;
 use crate::buffer::{Aligned, Buffer};
 use crate::cpu::formats::Format;
 use crate::cpu::int::Vnni;
+use crate::cpu::launch::{Kernel, launch_vnni};
 use crate::cpu::quantised::{Q8, ROUND, step_of};
 use crate::cpu::scratch::{Shared, with};
-use crate::cpu::simd::{Kernel, Simd, launch_vnni};
+use crate::cpu::simd::Simd;
 use crate::kv_cache::Heads;
 
 /// Query rows of a tile.

@@ -11,8 +11,9 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::buffer::{Aligned, Buffer};
+use crate::cpu::launch::{Kernel, launch};
 use crate::cpu::scratch::{Shared, with};
-use crate::cpu::simd::{Kernel, Simd, launch};
+use crate::cpu::simd::Simd;
 use crate::cpu::small::{Small, small_product};
 use crate::cpu::widen::{Blocks, Paged, Widened};
 use crate::isa::Isa;

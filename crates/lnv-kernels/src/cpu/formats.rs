@@ -9,7 +9,8 @@ use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
 
 use crate::cpu::amx::Tiles;
 use crate::cpu::gemm::Tile;
-use crate::cpu::simd::{Kernel, Simd, launch, launch_bf16_dot};
+use crate::cpu::launch::{Kernel, launch, launch_bf16_dot};
+use crate::cpu::simd::Simd;
 use crate::isa::Isa;
 use crate::weight::q8::Step;
 

@@ -9,7 +9,8 @@
 
 use std::arch::x86_64::*;
 
-use crate::cpu::simd::{Avx2, Avx512, Kernel, Simd, launch, launch_avx_vnni, launch_vnni};
+use crate::cpu::launch::{Kernel, launch, launch_avx_vnni, launch_avx2, launch_vnni};
+use crate::cpu::simd::{Avx2, Avx512, Simd};
 use crate::isa::Isa;
 
 /// Calls intrinsics of the token's instruction set.
@@ -366,7 +367,7 @@ impl Dot for Signed {
     const SIGNED: bool = true;
 
     fn launch<K: Kernel>(_: Isa, kernel: K) {
-        Avx2::new().launch(kernel);
+        launch_avx2(kernel);
     }
 
     #[inline(always)]
@@ -396,7 +397,7 @@ mod tests {
         const PARTS: usize = 1;
 
         fn launch<K: Kernel>(_: Isa, kernel: K) {
-            launch(Isa::Avx2, kernel);
+            launch_avx2(kernel);
         }
 
         unsafe fn dot<S: Simd>(s: S, acc: S::I, columns: S::I, element: u32) -> S::I {

@@ -9,7 +9,8 @@ use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
 use std::marker::PhantomData;
 
 use crate::cpu::amx;
-use crate::cpu::simd::{Kernel, Simd, launch, launch_avx_vnni, launch_bf16_dot, launch_vnni};
+use crate::cpu::launch::{Kernel, launch, launch_avx_vnni, launch_bf16_dot, launch_vnni};
+use crate::cpu::simd::Simd;
 use crate::isa::Isa;
 
 /// Which multiplier.

@@ -10,8 +10,9 @@ use std::ops::Range;
 
 use half::f16;
 
+use crate::cpu::launch::{Kernel, launch};
 use crate::cpu::quantised::{CHUNK, Codes, largest_magnitudes};
-use crate::cpu::simd::{Kernel, Simd, launch};
+use crate::cpu::simd::Simd;
 use crate::isa::Isa;
 use crate::weight::q8::Step;
 use crate::weight::{Columns, PANEL, WeightData, q4, q8};

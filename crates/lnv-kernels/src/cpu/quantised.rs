@@ -13,7 +13,8 @@ use std::marker::PhantomData;
 
 use crate::cpu::formats::{Distance, Format, Head};
 use crate::cpu::int::Dot;
-use crate::cpu::simd::{Kernel, Simd};
+use crate::cpu::launch::Kernel;
+use crate::cpu::simd::Simd;
 use crate::isa::Isa;
 use crate::weight::q8::Step;
 use crate::weight::{PANEL, q4, q8};

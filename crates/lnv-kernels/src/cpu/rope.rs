@@ -7,8 +7,9 @@
 use rayon::prelude::*;
 
 use crate::buffer::Buffer;
+use crate::cpu::launch::{Kernel, launch};
 use crate::cpu::scratch::Shared;
-use crate::cpu::simd::{Kernel, Simd, launch};
+use crate::cpu::simd::Simd;
 use crate::cpu::{SERIAL, each_row};
 use crate::isa::Isa;
 use crate::kv_cache::{Heads, LayerCache, Record, Slot};

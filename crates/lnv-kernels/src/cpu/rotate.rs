@@ -4,7 +4,8 @@
 //! narrower ones and the scale are done in one visit. The additions are those of the slow twin: a sign is applied by a fused
 //! multiplication with 1 or -1, which rounds nothing.
 
-use crate::cpu::simd::{Kernel, Simd, launch};
+use crate::cpu::launch::{Kernel, launch};
+use crate::cpu::simd::Simd;
 use crate::isa::Isa;
 use crate::weight::rotate::{blocks, rotate_block, scale};
 

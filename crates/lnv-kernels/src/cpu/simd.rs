@@ -1,11 +1,9 @@
-//! A register of f32 lanes, and how code gets compiled for an instruction set.
+//! A register of f32 lanes.
 //!
 //! Decision: a trait whose values are tokens ([`Avx2`], [`Avx512`]) that exist only after the
-//! processor was asked, with methods that inline into the caller. A [`Kernel`] is a struct of
-//! arguments with one generic `run`; [`launch`] runs it inside a function that has the instruction
-//! set's target features, which is where everything inlines to, and which is itself never inlined: what
-//! is launched has all the registers.
-//! Hot loops use no closures: a closure that is not inlined would be compiled without the features.
+//! processor was asked, with methods that inline into the caller, which is a kernel
+//! ([`launch`](crate::cpu::launch)). Hot loops use no closures: a closure that is not inlined would be compiled
+//! without the features.
 
 use std::arch::x86_64::*;
 
@@ -22,78 +20,12 @@ macro_rules! with_features {
     };
 }
 
-/// Work that is compiled once per instruction set. `run` must be `#[inline(always)]`.
-pub(crate) trait Kernel {
-    /// Does the work.
-    fn run<S: Simd>(self, s: S);
-}
-
-/// Runs a kernel with the instruction set.
-///
-/// # Panics
-/// The instruction set is scalar, or the processor lacks it.
-pub(crate) fn launch<K: Kernel>(isa: Isa, kernel: K) {
-    match isa {
-        Isa::Avx2 | Isa::AvxVnni => Avx2::new().launch(kernel),
-        Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 | Isa::Amx => Avx512::new().launch(kernel),
-        Isa::Scalar => panic!("the scalar instruction set has no kernels. This is a bug."),
-    }
-}
-
-/// A function that runs kernels with an instruction set beyond that of their token.
-macro_rules! launch_with {
-    ($(#[$doc:meta])* $name:ident, $token:ident, $isa:expr, $features:literal) => {
-        $(#[$doc])*
-        pub(crate) fn $name<K: Kernel>(kernel: K) {
-            #[inline(never)]
-            #[target_feature(enable = $features)]
-            fn inner<K: Kernel>(s: $token, kernel: K) {
-                kernel.run(s);
-            }
-            assert!(
-                $isa.is_available(),
-                "this processor lacks {}. This is a bug.",
-                $isa
-            );
-            let s = $token::new();
-            with_features!(inner(s, kernel));
-        }
-    };
-}
-
-launch_with! {
-    /// Runs a kernel that calls [`Simd::dot_bf16`].
-    ///
-    /// # Panics
-    /// The processor lacks the bf16 dot product.
-    launch_bf16_dot, Avx512, Isa::Avx512Bf16, "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
-}
-
-launch_with! {
-    /// Runs a kernel that calls [`Ints::dot_bytes`].
-    ///
-    /// # Panics
-    /// The processor lacks the byte dot product.
-    launch_vnni, Avx512, Isa::Avx512Vnni, "avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
-}
-
-launch_with! {
-    /// Runs a kernel that calls [`Ints::dot_bytes`] on registers of 8.
-    ///
-    /// # Panics
-    /// The processor lacks the byte dot product for them.
-    launch_avx_vnni, Avx2, Isa::AvxVnni, "avxvnni,avx2,fma,f16c"
-}
-
 /// A register of `LANES` f32. Every method is one or a few instructions.
 pub(crate) trait Simd: Ints + Lookup + Copy + Send + Sync + 'static {
     /// The register.
     type F: Copy;
     /// Values in a register.
     const LANES: usize;
-
-    /// Runs a kernel in a function that has the target features.
-    fn launch<K: Kernel>(self, kernel: K);
 
     fn splat(self, x: f32) -> Self::F;
     /// # Safety
@@ -219,16 +151,6 @@ impl Avx2 {
 impl Simd for Avx2 {
     type F = __m256;
     const LANES: usize = 8;
-
-    #[inline]
-    fn launch<K: Kernel>(self, kernel: K) {
-        #[inline(never)]
-        #[target_feature(enable = "avx2,fma,f16c")]
-        fn inner<K: Kernel>(s: Avx2, kernel: K) {
-            kernel.run(s);
-        }
-        with_features!(inner(self, kernel));
-    }
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m256 {
@@ -390,16 +312,6 @@ impl Avx512 {
 impl Simd for Avx512 {
     type F = __m512;
     const LANES: usize = 16;
-
-    #[inline]
-    fn launch<K: Kernel>(self, kernel: K) {
-        #[inline(never)]
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-        fn inner<K: Kernel>(s: Avx512, kernel: K) {
-            kernel.run(s);
-        }
-        with_features!(inner(self, kernel));
-    }
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {

@@ -6,9 +6,10 @@ use std::marker::PhantomData;
 use super::plan::Plan;
 use crate::cpu::amx::PIECE;
 use crate::cpu::formats::{Format, Head};
+use crate::cpu::launch::Kernel;
 use crate::cpu::rotate::rotate_row;
 use crate::cpu::scratch::Shared;
-use crate::cpu::simd::{Kernel, Simd};
+use crate::cpu::simd::Simd;
 use crate::weight::q8::Step;
 
 /// Values of k of a tile's rows that are packed before the next ones.

@@ -10,7 +10,8 @@ use std::ops::Range;
 use super::Product;
 use super::plan::part;
 use crate::cpu::formats::{Distance, Format, MOST_STREAMED, STREAMS};
-use crate::cpu::simd::{Kernel, Simd};
+use crate::cpu::launch::Kernel;
+use crate::cpu::simd::Simd;
 use crate::isa::Isa;
 use crate::weight::PANEL;
 

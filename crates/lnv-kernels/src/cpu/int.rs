@@ -410,8 +410,9 @@ mod tests {
         }
     }
 
-    /// The bits of a product of so many rows, by a format and by what AVX2 multiplies these weights with.
-    fn products<F: Format>(
+    /// The bits of a product of so many rows, by a format and by what AVX2 multiplies these weights with. The latter
+    /// is named too: by way of [`Ops`], all kernels of all formats would be compiled into the unit tests.
+    fn products<F: Format, Avx2: Format>(
         dtype: WeightDtype,
         (rows, n, k): (usize, usize, usize),
     ) -> [Vec<u32>; 2] {
@@ -426,14 +427,9 @@ mod tests {
         let x = |i: usize| value(i * 31 + 7) * if i % k % 50 == 3 { 9.0 } else { 1.5 };
         let x = ops.upload(rows, k, &(0..rows * k).map(x).collect::<Vec<_>>());
         let (mut own, mut expected) = (ops.buffer(rows, n), ops.buffer(rows, n));
-        product::<F>(
-            Isa::AvxVnni,
-            &x,
-            &w,
-            (None, Epilogue::Store(None)),
-            &mut own,
-        );
-        ops.linear(&x, &w, None, Epilogue::Store(None), &mut expected);
+        let epilogue = || (None, Epilogue::Store(None));
+        product::<F>(Isa::AvxVnni, &x, &w, epilogue(), &mut own);
+        product::<Avx2>(Isa::Avx2, &x, &w, epilogue(), &mut expected);
         [own, expected].map(|out| ops.download(&out).iter().map(|v| v.to_bits()).collect())
     }
 
@@ -444,12 +440,12 @@ mod tests {
         }
         let rows = (1..=13).chain([29, 40]);
         for shape in rows.flat_map(|rows| [(rows, 33, 77), (rows, 96, 576), (rows, 5, 1)]) {
-            let [own, expected] = products::<Q8<Emulated>>(WeightDtype::Q8, shape);
+            let [own, expected] = products::<Q8<Emulated>, Q8<Widened>>(WeightDtype::Q8, shape);
             assert_eq!(own, expected, "q8 {shape:?}");
-            let [own, expected] = products::<Q4<Emulated>>(WeightDtype::Q4, shape);
+            let [own, expected] = products::<Q4<Emulated>, Q4<Widened>>(WeightDtype::Q4, shape);
             assert_eq!(own, expected, "q4 {shape:?}");
             let int8 = WeightDtype::Int8(weight::Int8::new(6.0));
-            let [own, expected] = products::<Int8<Emulated>>(int8, shape);
+            let [own, expected] = products::<Int8<Emulated>, Int8<Widened>>(int8, shape);
             assert_eq!(own, expected, "int8 {shape:?}");
         }
     }

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Runs the kernels' tests under AddressSanitizer: every implementation that the machine has, on odd shapes,
-# with each read and write checked. The compiler needs leave for the flag; its runtime comes with Rust.
+# with each read and write checked, and Rust's own checks, which other builds of the kernels leave out: overflow, and
+# what `unsafe` functions of the standard library ask. The compiler needs leave for the flag; its runtime comes with
+# Rust.
 # The largest sizes are left out for their time. What AMX's own instructions read and write, which are
 # assembly, is not seen.
 set -euo pipefail
@@ -14,7 +16,10 @@ if [ ! -e "$runtime" ]; then
 fi
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
+of_kernels=profile.dev.package.lnv-kernels
+checks=(--config "$of_kernels.overflow-checks=true" --config "$of_kernels.debug-assertions=true"
+    --config "$of_kernels.debug='line-tables-only'")
 # What is kept for the next call is no leak.
 RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address ASAN_OPTIONS=detect_leaks=0 CARGO_TARGET_DIR=$folder \
-    cargo test --quiet --locked --manifest-path "$root/Cargo.toml" --package lnv-kernels --target "$host" \
-    --lib --tests -- --skip large_sizes --skip chunking
+    cargo test "${checks[@]}" --quiet --locked --manifest-path "$root/Cargo.toml" --package lnv-kernels \
+    --target "$host" --lib --tests -- --skip large_sizes --skip chunking

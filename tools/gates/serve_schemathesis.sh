@@ -7,4 +7,4 @@ pip_into "$folder/client" -r "$here/serve/schemathesis.txt"
 build_lnv
 export TMPDIR=$folder PYTHONPATH=$folder/client
 cd "$folder"
-timeout 600 python3 -B "$here/serve/made_up.py" "${SECONDS_LONG:-90}"
+timeout 600 python3 -B "$here/serve/made_up.py" "${SECONDS_LONG:-45}"

@@ -17,8 +17,7 @@ fi
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 of_kernels=profile.dev.package.lnv-kernels
-checks=(--config "$of_kernels.overflow-checks=true" --config "$of_kernels.debug-assertions=true"
-    --config "$of_kernels.debug='line-tables-only'")
+checks=(--config "$of_kernels.overflow-checks=true" --config "$of_kernels.debug-assertions=true")
 # What is kept for the next call is no leak.
 RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address ASAN_OPTIONS=detect_leaks=0 CARGO_TARGET_DIR=$folder \
     cargo test "${checks[@]}" --quiet --locked --manifest-path "$root/Cargo.toml" --package lnv-kernels \

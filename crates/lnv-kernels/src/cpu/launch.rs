@@ -50,7 +50,7 @@ macro_rules! launcher {
                 "this processor lacks {}. This is a bug.",
                 $isa
             );
-            // SAFETY: the instruction set was asked for, and has these features.
+            // SAFETY: the instruction set was asked for, and has these features and those of the token.
             unsafe { $module::run($token::new(), kernel) };
         }
     };
